@@ -1,0 +1,56 @@
+# Two commands: `make demo` and `make test`. Each does its own set-up in .venv; `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= requirements/constraints.txt
+PY := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+# uv does not read pip's configuration; this lets it use wheels that pip knows of (a CPU build of torch, say).
+export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+install = $(UV) pip install --quiet --python $(PY) -c $(CONSTRAINTS)
+
+.PHONY: help demo test test-slow lint figures constraints clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "sims_lens needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(UV): | $(PY)
+	@$(PY) -m pip install --quiet "uv>=0.9" 2>&1 | grep -v '^WARNING: Location' || true
+	@test -x $(UV)
+
+# One stamp per group of packages: `demo` installs what the demo needs, `dev` the rest for tests and checks.
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(UV)
+	@echo "installing sims_lens and its '$*' packages into $(VENV) (once; about 20 seconds)"
+	@$(install) -e ".[vader,jupyter]" --group $*
+	@touch $@
+
+demo: $(VENV)/.installed-demo ## the loop on the embedded model, offline; ARGS="--ranker vader" passes options on
+	@$(VENV)/bin/sims-lens demo $(ARGS)
+
+test: $(VENV)/.installed-test ## the test suite
+	@$(PY) -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-test ## the statistical tests, some minutes each
+	@$(PY) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+figures: $(VENV)/.installed-dev ## docs/figures/*.png from a demo run (needs a Chromium on the machine)
+	@$(PY) benchmarks/figures.py $(ARGS)
+
+constraints: | $(UV) ## compile requirements/constraints.txt anew; the CUDA stack is left to torch's own build
+	@echo "torch==2.13.0" > .torch-pin.txt; echo "transformer-lens==3.9.0" >> .torch-pin.txt
+	@$(UV) pip compile --quiet --universal --python-version 3.10 pyproject.toml --all-extras --group dev \
+		-c .torch-pin.txt --no-annotate --no-header -o .constraints.txt
+	@{ sed -n '/^#/p' $(CONSTRAINTS); grep -vE '^(nvidia-|cuda-|triton|torch==)' .constraints.txt; echo "torch==2.13.0"; } > .new.txt
+	@mv .new.txt $(CONSTRAINTS); rm -f .constraints.txt .torch-pin.txt
+
+clean: ## remove .venv and caches (the converted model stays in the user's cache folder)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist
