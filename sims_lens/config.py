@@ -1,0 +1,206 @@
+"""Choices, never results. A config that was saved reproduces its run.
+
+One small frozen dataclass per step, nested in :class:`SIMSConfig`. Each only checks itself. The defaults are those
+that did well on SmolLM2-135M-Instruct; ``docs/results.md`` has the measurements.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from sims_lens.errors import ConfigError
+from sims_lens.scope import TokenScope
+from sims_lens.sites import check_site
+
+Compose = Literal["accumulate", "replace"]
+
+
+def _positive_int(name: str, value: Any, low: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    if bad or value < low or value > high or (open_low and value == low):
+        raise ConfigError(f"{name} must be a number {'above' if open_low else 'from'} {low} to {high}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are drawn.
+
+    Args:
+        responses: K, responses to each training prompt in each iteration.
+        max_new_tokens: longest response.
+        temperature: divides the logits.
+        top_k: only the k most probable tokens; None for all.
+        top_p: the smallest set of tokens with this much probability; 1.0 for all.
+        batch_rows: sequences decoded side by side.
+    """
+
+    responses: int = 4
+    max_new_tokens: int = 40
+    temperature: float = 0.8
+    top_k: int | None = 50
+    top_p: float = 1.0
+    batch_rows: int = 128
+
+    def __post_init__(self) -> None:
+        _positive_int("responses (K)", self.responses, low=2)
+        _positive_int("max_new_tokens", self.max_new_tokens)
+        _positive_int("batch_rows", self.batch_rows)
+        _number("temperature", self.temperature, 0.0, open_low=True)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        if self.top_k is not None:
+            _positive_int("top_k", self.top_k)
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """How pairs are made of ranked responses.
+
+    Args:
+        min_margin: a prompt whose best and worst score differ by no more than this gives no pair (0 drops ties).
+    """
+
+    min_margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        _number("min_margin", self.min_margin, 0.0)
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """How the fitted directions are applied.
+
+    Args:
+        layers: the layers to steer, or "auto": of the candidates, the one with the highest win rate on the
+            validation prompts among those whose text stays fluent.
+        candidates: the layers that "auto" tries, as fractions of the model's depth.
+        max_nll_increase: what "auto" calls fluent: mean negative log-likelihood of the steered text under the
+            unsteered model, in nats per token above that of the unsteered text.
+        site: where in the block.
+        strength: total strength at the last iteration, in units of the median residual norm of the responses at
+            the site. With several layers each gets this much.
+        compose: "accumulate" adds ``strength / iterations`` of a new unit direction in each iteration; "replace"
+            keeps only the newest direction, at full strength.
+        scope: which tokens are steered.
+    """
+
+    layers: tuple[int, ...] | Literal["auto"] = "auto"
+    candidates: tuple[float, ...] = (0.6, 0.75, 0.9)
+    max_nll_increase: float = 0.8
+    site: str = "resid_post"
+    strength: float = 0.25
+    compose: str = "accumulate"
+    scope: str = "generation"
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
+        TokenScope.of(self.scope)
+        _number("strength", self.strength, 0.0, open_low=True)
+        _number("max_nll_increase", self.max_nll_increase, 0.0, open_low=True)
+        if self.compose not in get_args(Compose):
+            raise ConfigError(f"compose must be one of {', '.join(get_args(Compose))}, got {self.compose!r}")
+        if self.layers != "auto":
+            if isinstance(self.layers, (str, int)) or not self.layers:
+                raise ConfigError(f'layers must be "auto" or a tuple such as (22,), got {self.layers!r}')
+            object.__setattr__(self, "layers", tuple(self.layers))
+            for layer in self.layers:
+                _positive_int("a layer", layer, low=0)
+            if len(set(self.layers)) < len(self.layers):
+                raise ConfigError(f"layers are named twice in {self.layers!r}")
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        if not self.candidates:
+            raise ConfigError('candidates must hold at least one fraction of the depth, such as (0.75,)')
+        for fraction in self.candidates:
+            _number("a candidate", fraction, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How progress is measured, on prompts that the fit never sees.
+
+    Args:
+        heldout: share of the prompts that are held out.
+        validation: share of the prompts on which "auto" picks the layer.
+        samples: responses to each held-out prompt, of each plan.
+        controls: norm-matched shuffled-label plans, evaluated beside the last iteration.
+    """
+
+    heldout: float = 0.4
+    validation: float = 0.15
+    samples: int = 4
+    controls: int = 5
+
+    def __post_init__(self) -> None:
+        _number("heldout", self.heldout, 0.0, 1.0, open_low=True)
+        _number("validation", self.validation, 0.0, 1.0)
+        if self.heldout + self.validation >= 1.0:
+            raise ConfigError(
+                f"heldout + validation must leave prompts to train on, got {self.heldout} + {self.validation}"
+            )
+        _positive_int("samples", self.samples)
+        _positive_int("controls", self.controls, low=0)
+
+
+@dataclass(frozen=True)
+class SIMSConfig:
+    """Everything that :func:`sims_lens.improve` can be told.
+
+    Args:
+        iterations: turns of the loop.
+        seed: of everything that is random. The same config gives the same vectors, bit for bit, on one machine.
+
+    >>> SIMSConfig(iterations=2).sampling.responses
+    4
+    """
+
+    iterations: int = 3
+    seed: int = 0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    steering: SteeringConfig = field(default_factory=SteeringConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _positive_int("iterations", self.iterations)
+        _positive_int("seed", self.seed, low=0)
+        for part in fields(self)[2:]:
+            kind = part.default_factory
+            if not isinstance(getattr(self, part.name), kind):  # type: ignore[arg-type]
+                raise ConfigError(f"{part.name} must be a {kind.__name__}, got {getattr(self, part.name)!r}")  # type: ignore[union-attr]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; the inverse of :meth:`from_json`."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "SIMSConfig":
+        """The config that :meth:`to_json` described.
+
+        Raises:
+            ConfigError: a name is unknown or a value is out of range.
+        """
+        parts = {f.name: f.default_factory for f in fields(cls)[2:]}
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if name not in {f.name for f in fields(cls)}:
+                raise ConfigError(f"unknown setting {name!r}; a SIMSConfig has {', '.join(f.name for f in fields(cls))}")
+            if name in parts:
+                kind: Any = parts[name]
+                known = {f.name for f in fields(kind)}
+                if unknown := set(value) - known:
+                    raise ConfigError(f"unknown settings {sorted(unknown)} in {name!r}; it has {', '.join(sorted(known))}")
+                value = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+            values[name] = value
+        return cls(**values)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits that change when any choice does."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,33 @@
+"""Every error that sims_lens raises on purpose: one line that names the value and the remedy.
+
+All of them are :class:`SimsError`, so that a caller (the command line, say) can tell "you gave me something I
+can't use" from a bug. Those about a wrong value are ``ValueError`` as well.
+"""
+
+
+class SimsError(Exception):
+    """Base class: something was given that cannot be used; the message names it and says what to do."""
+
+
+class ConfigError(SimsError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class ModelError(SimsError, ValueError):
+    """A model cannot be loaded, or is not one that can be steered."""
+
+
+class PromptError(SimsError, ValueError):
+    """A prompt, or a file of prompts, cannot be used."""
+
+
+class PlanError(SimsError, ValueError):
+    """A steering plan is malformed, or does not fit the model."""
+
+
+class RankerError(SimsError, ValueError):
+    """A ranker failed, or returned something that is not one finite score per response."""
+
+
+class RunError(SimsError, ValueError):
+    """A run directory is damaged, holds another run, or has nothing to go on with."""

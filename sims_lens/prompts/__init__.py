@@ -1,0 +1,239 @@
+"""Prompts: a set of our own, files of the user's, and the check that every list of prompts goes through."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from sims_lens.errors import PromptError
+
+__all__ = ["PROMPT_KEYS", "check_prompts", "everyday", "quote", "read_prompts"]
+
+PROMPT_KEYS: Final = ("prompt", "text", "instruction", "question")
+"""The keys of an object, or the columns of a table, that can hold a prompt; the first that is there is taken."""
+
+_KEYS: Final = "one of " + ", ".join(f'"{key}"' for key in PROMPT_KEYS)
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def quote(text: str, width: int = 60) -> str:
+    """Quote text for a message: escaped, and shortened to ``width`` characters.
+
+    Args:
+        text: the text.
+        width: the number of characters of the text, at most.
+
+    Returns:
+        The text as a Python literal, its end replaced by an ellipsis if it is longer.
+    """
+    return repr(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def check_prompts(prompts: object) -> tuple[str, ...]:
+    """Check that something is a list of distinct prompts.
+
+    Args:
+        prompts: a sequence (a list, say) of one or more strings.
+
+    Returns:
+        The same prompts, as they are, in a tuple.
+
+    Raises:
+        PromptError: ``prompts`` is a bare string, no sequence, or empty; or one of its items isn't a string, has
+            nothing but white space, can't be encoded as UTF-8, or is there twice.
+
+    Examples:
+        >>> check_prompts(["Tell me about the sea.", "Why is it salty?"])
+        ('Tell me about the sea.', 'Why is it salty?')
+    """
+    if isinstance(prompts, str):
+        raise PromptError(f"the prompts are the bare string {quote(prompts)}; wrap it in a list: [{quote(prompts)}]")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (bytes, bytearray)):
+        raise PromptError(f"the prompts are of type {type(prompts).__name__}, not a list of strings; use list(...)")
+    if not prompts:
+        raise PromptError("there are no prompts; give at least one")
+    first: dict[str, int] = {}
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise PromptError(f"prompt {index} is of type {type(prompt).__name__}, not a string: {quote(repr(prompt))}")
+        problem = _problem(prompt)
+        if problem:
+            raise PromptError(f"prompt {index} {problem}")
+        if prompt in first:
+            raise PromptError(f"prompts {first[prompt]} and {index} are the same; remove one: {quote(prompt)}")
+        first[prompt] = index
+    return tuple(first)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Read a file of prompts.
+
+    By the ending of its name: ``.jsonl`` has a JSON string, or an object with a prompt under one of
+    :data:`PROMPT_KEYS`, in each line; ``.json`` a list of the same; ``.txt`` a prompt in each line, without the white
+    space around it; ``.csv`` a column under one of those names. Blank lines are skipped. The text is UTF-8, with or
+    without a byte order mark.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The prompts in their order, distinct and fit for :func:`check_prompts`.
+
+    Raises:
+        PromptError: the file can't be read, is of another kind, or has a broken, empty or repeated prompt, or one with
+            control characters other than line feed and tab; the message says in which line.
+    """
+    path = Path(path)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise PromptError(f"{path} ends in {path.suffix!r}; prompts are read from {', '.join(_READERS)}")
+    first: dict[str, str] = {}
+    for place, prompt in reader(path, _read_text(path)):
+        problem = _problem(prompt)
+        control = _CONTROL.search(prompt)
+        if control:
+            problem = f"has the control character {control[0]!r}; remove it: {quote(prompt)}"
+        if problem:
+            raise PromptError(f"{path}, {place}: the prompt {problem}")
+        if prompt in first:
+            raise PromptError(f"{path}, {place}: the same prompt as in {first[prompt]}; remove one: {quote(prompt)}")
+        first[prompt] = place
+    if not first:
+        raise PromptError(f"{path} has no prompts in it; give at least one")
+    return list(first)
+
+
+def everyday(n: int | None = None) -> list[str]:
+    """Give the prompts that come with the package: short, harmless, everyday requests.
+
+    They are shuffled so that each twenty (the first, the second, ...) has one prompt on each of twenty topics: a cut
+    anywhere leaves two sets of one kind.
+
+    Args:
+        n: how many, from the first; all of them if None.
+
+    Returns:
+        The prompts, in a new list.
+
+    Raises:
+        PromptError: ``n`` is less than 1 or more than there are.
+    """
+    prompts = files(__name__).joinpath("everyday.txt").read_text(encoding="utf-8").splitlines()
+    if n is not None and not 1 <= n <= len(prompts):
+        raise PromptError(f"n = {n} is not in 1..{len(prompts)}, the number of everyday prompts")
+    return prompts[:n]
+
+
+def _problem(prompt: str) -> str | None:
+    """Say what is wrong with the text of a prompt, in words that go on from "the prompt ..."."""
+    if not prompt.strip():
+        return "is empty or white space; remove it"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        return f"has half of a surrogate pair, {prompt[error.start]!r}; remove it: {quote(prompt)}"
+    return None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PromptError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    return text.replace("\r\n", "\n")
+
+
+def _read_txt(_path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", line.strip()
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"line {number}"
+            yield place, _prompt_of(_parse(line, path, number), f"{path}, {place}")
+
+
+def _read_json(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    items = _parse(text, path, 1)
+    if not isinstance(items, list):
+        raise PromptError(f"{path}: a {_json_type(items)} where a list of prompts should be; put it in [ ]")
+    for index, item in enumerate(items):
+        yield f"item {index}", _prompt_of(item, f"{path}, item {index}")
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    rows = csv.reader((line + "\n" for line in text.split("\n")), strict=True)
+    header: list[str] | None = None
+    column = 0
+    line = 1
+    try:
+        for row in rows:
+            place, line = f"line {line}", rows.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = [name.strip() for name in row]
+                names = [key for key in PROMPT_KEYS if key in header]
+                if not names:
+                    raise PromptError(f"{path}, {place}: no column of prompts in {header}; call it {_KEYS}")
+                column = header.index(names[0])
+            elif len(row) != len(header):
+                raise PromptError(
+                    f"{path}, {place}: fields here: {len(row)}, in the header: {len(header)}; "
+                    'put a prompt with commas in quotes ("...")'
+                )
+            else:
+                yield place, row[column]
+    except csv.Error as error:
+        raise PromptError(f"{path}, line {line}: not a valid row ({error}); check its quotes") from error
+
+
+_READERS: Final = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".csv": _read_csv}
+
+
+def _parse(text: str, path: Path, line: int) -> object:
+    """Parse JSON that starts in the given line."""
+    try:
+        parsed: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        broken = quote(text.split("\n")[error.lineno - 1])
+        raise PromptError(
+            f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); "
+            f"check the quotes and commas of {broken}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path}, line {line}: JSON that is no prompt ({error}); remove it") from error
+    return parsed
+
+
+def _prompt_of(item: object, where: str) -> str:
+    """Take the prompt out of a JSON value."""
+    if isinstance(item, dict):
+        keys = [key for key in PROMPT_KEYS if key in item]
+        if not keys:
+            raise PromptError(f"{where}: an object with the keys {sorted(item)}; the prompt goes under {_KEYS}")
+        if not isinstance(item[keys[0]], str):
+            raise PromptError(f'{where}: "{keys[0]}" is a {_json_type(item[keys[0]])}; make it a string')
+        return str(item[keys[0]])
+    if not isinstance(item, str):
+        raise PromptError(f"{where}: a {_json_type(item)}; make it a string, or an object with {_KEYS}")
+    return item
+
+
+def _json_type(value: object) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    return {"NoneType": "null", "dict": "object", "str": "string"}.get(type(value).__name__, "list")
