@@ -1,0 +1,416 @@
+"""What differs between ``HookedTransformer`` and ``TransformerBridge``, in one place.
+
+Everything above this module sees one :class:`Adapter`: token ids in, left-padded batches with an explicit mask,
+logits of the last columns out, a KV cache that can be expanded, and hook points by canonical name. TransformerLens
+3.9 has both kinds, 4.x only the bridge.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sims_lens.errors import ModelError, PlanError, PromptError
+from sims_lens.plan import Provenance
+from sims_lens.sites import hook_name
+
+_SENTINEL = "sims-lens-user-content"
+
+
+class Adapter(ABC):
+    """One face for both model kinds. Holds no state of its own; make one with :func:`adapt` whenever needed."""
+
+    kind: str
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.cfg = model.cfg
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return int(self.cfg.n_layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.cfg.d_model)
+
+    @property
+    def n_ctx(self) -> int:
+        """Longest sequence, in tokens."""
+        return int(self.cfg.n_ctx)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must live."""
+        return torch.device(self.cfg.device)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            ModelError: the model has none.
+        """
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if tokenizer is None:
+            raise ModelError(f"{self.name} has no tokenizer; build it with one, or set model.set_tokenizer(...)")
+        return tokenizer
+
+    @property
+    def name(self) -> str:
+        """The model's name: as ``sims_lens.load`` set it, else from its config."""
+        source = getattr(self.model, "sims_source", None) or {}
+        return str(source.get("model") or self.cfg.model_name)
+
+    @property
+    def provenance(self) -> Provenance:
+        """What a plan or a run made on this model must record."""
+        source = getattr(self.model, "sims_source", None) or {}
+        return Provenance(
+            model=self.name,
+            revision=str(source.get("revision") or ""),
+            weight_processing=self._weight_processing(),
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+        )
+
+    # Text and tokens
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt: in the chat template, once, for an instruct model; else with a BOS where
+        TransformerLens would prepend one. Special tokens written out in a prompt stay plain text: they never
+        become turns.
+
+        Raises:
+            PromptError: nothing is left after tokenization.
+        """
+        tokenizer = self.tokenizer
+        hostile = any(token in prompt for token in tokenizer.all_special_tokens)
+        if getattr(tokenizer, "chat_template", None):
+            if hostile:
+                before, _, after = self._chat(_SENTINEL).partition(_SENTINEL)
+                ids = [*self._ids(before), *self._ids(prompt, plain=True), *self._ids(after)]
+            else:
+                ids = self._ids(self._chat(prompt))
+        else:
+            ids = self._ids(prompt, plain=hostile)
+            bos = tokenizer.bos_token_id
+            if getattr(self.cfg, "default_prepend_bos", True) and bos is not None and ids[:1] != [bos]:
+                ids = [bos, *ids]
+        if not ids:
+            raise PromptError(f"prompt {prompt[:60]!r} has no tokens for {self.name}")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of response tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: EOS, and what the chat template writes after an assistant's turn."""
+        tokenizer = self.tokenizer
+        stops = {tokenizer.eos_token_id} - {None}
+        if getattr(tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}]
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            tail = self._ids(text.rpartition(_SENTINEL)[2])
+            special = set(tokenizer.all_special_ids)
+            stops |= {next((i for i in tail if i in special), tokenizer.eos_token_id)} - {None}
+        return tuple(sorted(int(i) for i in stops))
+
+    def _chat(self, content: str) -> str:
+        turns = [{"role": "user", "content": content}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, text: str, *, plain: bool = False) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
+        return [int(i) for i in encoded["input_ids"]]
+
+    # Hook points
+
+    def point(self, layer: int, site: str) -> Any:
+        """The HookPoint at a site.
+
+        Raises:
+            PlanError: the model has no such hook point.
+        """
+        name = hook_name(layer, site)
+        point = self.model.hook_dict.get(name)
+        if point is None:
+            raise PlanError(f"{self.name} has no hook point {name}; see model.hook_dict")
+        return point
+
+    def block(self, layer: int) -> nn.Module:
+        """The block itself."""
+        return self.model.blocks[layer]  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def register(self, layer: int, name: str, module: nn.Module) -> None:
+        """Add a submodule with HookPoints to a block, so that ``hook_dict`` lists them."""
+
+    @abstractmethod
+    def unregister(self, layer: int, name: str) -> None:
+        """Undo :meth:`register`."""
+
+    # Forward passes
+
+    @abstractmethod
+    def logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch all_pos"],
+        *,
+        keep: int,
+        cache: Any = None,
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of the last ``keep`` columns of a left-padded batch.
+
+        Args:
+            tokens: new tokens.
+            mask: True on real tokens, over what the cache holds *and* the new tokens.
+            keep: columns, counted from the right; at least 1.
+            cache: of :meth:`new_cache`; filled in place.
+        """
+
+    @abstractmethod
+    def new_cache(self, batch: int) -> Any:
+        """An empty KV cache for ``batch`` rows."""
+
+    @abstractmethod
+    def select_rows(self, cache: Any, rows: Int[Tensor, " new_batch"]) -> Any:
+        """A cache whose row i is row ``rows[i]`` of ``cache``: expands a prompt K ways, drops finished rows."""
+
+    def response_logits(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[tuple[int, Sequence[int]]]
+    ) -> Float[Tensor, "row pos d_vocab"]:
+        """Teacher-forced logits that predict each token of each response; every prompt is run once.
+
+        Args:
+            prompts: token ids.
+            responses: index of the prompt, and response token ids.
+
+        Returns:
+            Column k predicts token k of the row's response; columns beyond a response mean nothing.
+        """
+        tokens, mask = left_pad(prompts, self.device)
+        cache = self.new_cache(len(prompts))
+        rows = torch.tensor([index for index, _ in responses], device=self.device)
+        first = self.logits(tokens, mask, keep=1, cache=cache)[rows]
+        inputs = [list(response[:-1]) for _, response in responses]
+        width = max(len(row) for row in inputs)
+        if width == 0:
+            return first
+        padded = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=self.device)
+        real = torch.arange(width)[None] < torch.tensor([len(row) for row in inputs])[:, None]
+        whole = torch.cat([mask[rows], real.to(self.device)], dim=1)
+        rest = self.logits(padded, whole, keep=width, cache=self.select_rows(cache, rows))
+        return torch.cat([first, rest], dim=1)
+
+    @abstractmethod
+    def _weight_processing(self) -> str: ...
+
+
+def adapt(model: Any) -> Adapter:
+    """The adapter for a model.
+
+    Raises:
+        ModelError: the model is neither a ``HookedTransformer`` nor a ``TransformerBridge``.
+    """
+    from transformer_lens import HookedRootModule
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if isinstance(model, TransformerBridge):
+        return BridgeAdapter(model)
+    if isinstance(model, HookedRootModule) and hasattr(model, "unembed") and hasattr(model, "blocks"):
+        return HookedAdapter(model)
+    raise ModelError(
+        f"sims_lens steers HookedTransformer and TransformerBridge models, not {type(model).__name__}; "
+        "use sims_lens.load(name), or TransformerBridge.boot_transformers(name)"
+    )
+
+
+class HookedAdapter(Adapter):
+    """``HookedTransformer`` (TransformerLens up to 3.x)."""
+
+    kind = "HookedTransformer"
+
+    def register(self, layer: int, name: str, module: nn.Module) -> None:
+        """See :meth:`Adapter.register`."""
+        self.block(layer).add_module(name, module)
+        self.model.setup()
+
+    def unregister(self, layer: int, name: str) -> None:
+        """See :meth:`Adapter.unregister`."""
+        del self.block(layer)._modules[name]
+        self.model.setup()
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch all_pos"],
+        *,
+        keep: int,
+        cache: Any = None,
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """See :meth:`Adapter.logits`. Only the kept columns are unembedded."""
+        from transformer_lens.utilities.activation_functions import apply_softcap
+
+        residual = self.model.forward(
+            tokens,
+            attention_mask=mask[:, -tokens.shape[1] :].int(),  # the cache holds the mask of what came before
+            past_kv_cache=cache,
+            stop_at_layer=self.n_layers,
+        )[:, -keep:]
+        if self.cfg.normalization_type is not None:
+            residual = self.model.ln_final(residual)
+        logits: Tensor = apply_softcap(self.model.unembed(residual), self.cfg.output_logits_soft_cap)
+        return logits
+
+    def new_cache(self, batch: int) -> Any:
+        """See :meth:`Adapter.new_cache`."""
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.cfg, self.cfg.device, batch)
+
+    def select_rows(self, cache: Any, rows: Int[Tensor, " new_batch"]) -> Any:
+        """See :meth:`Adapter.select_rows`."""
+        new = self.new_cache(len(rows))
+        for old_entry, entry in zip(cache.entries, new.entries, strict=True):
+            entry.past_keys = old_entry.past_keys.index_select(0, rows)
+            entry.past_values = old_entry.past_values.index_select(0, rows)
+        new.previous_attention_mask = cache.previous_attention_mask.index_select(0, rows)
+        return new
+
+    def _weight_processing(self) -> str:
+        source = getattr(self.model, "sims_source", None) or {}
+        folded = str(self.cfg.normalization_type).endswith("Pre")
+        return str(source.get("weight_processing") or ("folded" if folded else "none"))
+
+
+class BridgeAdapter(Adapter):
+    """``TransformerBridge`` (TransformerLens 3.x and 4.x)."""
+
+    kind = "TransformerBridge"
+
+    def register(self, layer: int, name: str, module: nn.Module) -> None:
+        """See :meth:`Adapter.register`. Names are written to the bridge's registry one by one, because scanning
+        the whole model again renames points on 3.9."""
+        self.block(layer).add_module(name, module)
+        for child, point in module.named_children():
+            full_name = f"blocks.{layer}.{name}.{child}"
+            point.__dict__["name"] = full_name
+            self.model._hook_registry[full_name] = point
+
+    def unregister(self, layer: int, name: str) -> None:
+        """See :meth:`Adapter.unregister`."""
+        module = self.block(layer)._modules.pop(name)
+        assert module is not None
+        for child, _ in module.named_children():
+            del self.model._hook_registry[f"blocks.{layer}.{name}.{child}"]
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch all_pos"],
+        *,
+        keep: int,
+        cache: Any = None,
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """See :meth:`Adapter.logits`."""
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        kept: dict[str, Any] = {"logits_to_keep": keep} if self._keeps_logits() else {}
+        logits: Tensor = self.model.forward(
+            tokens,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **kept,
+        )
+        return logits[:, -keep:]
+
+    def _keeps_logits(self) -> bool:
+        import inspect
+
+        return "logits_to_keep" in inspect.signature(self.model.original_model.forward).parameters
+
+    def new_cache(self, batch: int) -> Any:  # noqa: ARG002 - HF caches take their batch from the first tokens
+        """See :meth:`Adapter.new_cache`."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.original_model.config)
+
+    def select_rows(self, cache: Any, rows: Int[Tensor, " new_batch"]) -> Any:
+        """See :meth:`Adapter.select_rows`."""
+        new = copy.copy(cache)
+        new.layers = [copy.copy(layer) for layer in cache.layers]
+        for layer in new.layers:
+            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+        return new
+
+    def _weight_processing(self) -> str:
+        source = getattr(self.model, "sims_source", None) or {}
+        compatible = bool(getattr(self.model, "compatibility_mode", False))
+        return str(source.get("weight_processing") or ("compatibility mode" if compatible else "none"))
+
+
+def cached_length(call: Callable[[str], Any], arguments: Sequence[Any]) -> int:
+    """How many tokens the KV cache of a block's call already holds; 0 without a cache.
+
+    Args:
+        call: looks up a keyword argument of the block's call, None where it is absent.
+        arguments: every argument of the call.
+    """
+    entry = call("past_kv_cache_entry")
+    if entry is not None:
+        return int(entry.past_keys.shape[1])
+    for argument in arguments:
+        if hasattr(argument, "get_seq_length"):
+            return int(argument.get_seq_length())
+    return 0
+
+
+def left_pad(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Token ids and mask of a left-padded batch. Pads are token 0 and masked: their value never matters.
+
+    >>> left_pad([[5, 6], [7]], torch.device("cpu"))[0].tolist()
+    [[5, 6], [0, 7]]
+    """
+    width = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        tokens[i, width - len(row) :] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, width - len(row) :] = True
+    return tokens.to(device), mask.to(device)
+
+
+def restride(model: Any) -> Any:
+    """Lay a ``HookedTransformer``'s weights out in memory as its forward pass reads them; in place, returns it.
+
+    TransformerLens copies every weight matrix into another layout at each forward pass (``W.T.contiguous()``,
+    ``rearrange``): four fifths of the time of a decoding step at batch 1. This changes only the strides: the same
+    parameters, values, shapes, bytes, and bit-identical logits and activations, but those copies become views. It
+    survives ``.to`` and ``load_state_dict``; to save the weights with safetensors call ``.contiguous()`` on them
+    first. :func:`sims_lens.load` has done it already. A ``TransformerBridge`` is returned untouched.
+    """
+    if adapt(model).kind != "HookedTransformer":
+        return model
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            kind = name.rpartition(".")[2].removeprefix("_")
+            if weight.ndim == 2 and kind in ("W_U", "W_in", "W_out", "W_gate"):
+                weight.data = weight.data.T.contiguous().T
+            elif weight.ndim == 3 and kind in ("W_Q", "W_K", "W_V"):
+                weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+            elif weight.ndim == 3 and kind == "W_O":
+                weight.data = weight.data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    return model

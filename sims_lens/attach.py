@@ -1,0 +1,339 @@
+"""Attaching a plan to a model: hook points for activation addition, and the ``with`` block that owns them.
+
+Each steered site gets one small module in its block, with three HookPoints of its own::
+
+    blocks.14.steer_resid_post.hook_pre      the stream as it came
+    blocks.14.steer_resid_post.hook_delta    what is added to it
+    blocks.14.steer_resid_post.hook_post     the stream as it goes on
+
+They are listed in ``model.hook_dict`` and behave like any of TransformerLens' own: cache them, patch them, ablate
+them. The stream that goes on is ``hook_pre + hook_delta``, so a zeroed ``hook_delta`` is bitwise the unsteered
+model. Everything is undone when the block ends, however it ends.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sims_lens.adapter import Adapter, adapt, cached_length
+from sims_lens.capture import residual_norms
+from sims_lens.errors import ModelError, PlanError
+from sims_lens.plan import Intervention, SteeringPlan
+from sims_lens.scope import Region, TokenScope, regions_at
+from sims_lens.sites import check_layer, steer_name
+
+_TRACKER = "_sims_lens_tracker"
+_GENERATORS = ("generate", "generate_stream", "hf_generate")
+
+
+class TokenTracker:
+    """Knows, at every forward pass, which region each token of the batch is in.
+
+    A hook sees only a tensor. The tracker listens to the first block, where the shape of the batch and the length
+    of the KV cache tell the absolute columns, and to the model's ``generate``, where the first pass is the prompt.
+    Outside of ``generate`` a pass without a cache is all prompt, unless :meth:`prompt` says where the prompt ends;
+    tokens that go on from a cache are response.
+    """
+
+    def __init__(self) -> None:
+        self.users = 0
+        self._handle: Any = None
+        self._declared: int | Int[Tensor, " batch"] | None = None
+        self._generating = False
+        self._boundary: int | Int[Tensor, " batch"] | None = None
+        self._columns = (0, 0)
+        self._masks: dict[TokenScope, bool | Bool[Tensor, "batch pos"]] = {}
+
+    def before_block(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the first block: one forward pass begins."""
+        stream = args[0] if args else kwargs["hidden_states"]
+        offset = cached_length(kwargs.get, [*args, *kwargs.values()])
+        if self._declared is not None:
+            self._boundary = self._declared
+        elif self._boundary is None or (offset == 0 and not self._generating):
+            self._boundary = offset + stream.shape[1]
+        self._columns = (offset, stream.shape[1])
+        self._masks = {}
+
+    def mask(self, scope: TokenScope, stream: Float[Tensor, "batch pos d_model"]) -> "bool | Tensor":
+        """Which tokens of ``stream`` are in scope: a mask, or one bool where it is the same for all of them."""
+        if self._columns[1] != stream.shape[1]:  # a pass that skipped the first block: all prompt
+            self._columns, self._boundary, self._masks = (0, stream.shape[1]), stream.shape[1], {}
+        if scope not in self._masks:
+            self._masks[scope] = self._compute(scope, stream)
+        return self._masks[scope]
+
+    def _compute(self, scope: TokenScope, stream: Tensor) -> "bool | Tensor":
+        offset, width = self._columns
+        boundary = self._boundary
+        assert boundary is not None
+        if scope.prompt and scope.last_prompt and scope.response:
+            return True
+        if isinstance(boundary, int) and offset >= boundary:
+            return scope.holds(Region.RESPONSE)
+        columns = torch.arange(offset, offset + width, device=stream.device)[None]
+        edge = torch.as_tensor(boundary, device=stream.device).reshape(-1, 1)
+        mask = scope.mask(regions_at(columns.expand(len(edge), -1), edge))
+        return mask.expand(stream.shape[0], -1)
+
+    @contextmanager
+    def prompt(self, columns: "int | Sequence[int] | Int[Tensor, ' batch']") -> Iterator[None]:
+        """Inside, the first ``columns`` columns of every batch (padding included) are the prompt."""
+        before = self._declared
+        self._declared = columns if isinstance(columns, int) else torch.as_tensor(columns)
+        try:
+            yield
+        finally:
+            self._declared, self._boundary = before, None
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Inside, the first pass is the prompt and whatever lies beyond it is response, with or without a cache."""
+        before = self._generating, self._boundary
+        self._generating, self._boundary = True, None
+        try:
+            yield
+        finally:
+            self._generating, self._boundary = before
+
+    # One tracker per model, kept with the hooks that feed it
+
+    def attach(self, adapter: Adapter) -> None:
+        """Start listening; counts its users, so that nested plans share it."""
+        self.users += 1
+        if self.users > 1:
+            return
+        self._handle = adapter.block(0).register_forward_pre_hook(self.before_block, with_kwargs=True)
+        for name in _GENERATORS:
+            if hasattr(type(adapter.model), name):
+                adapter.model.__dict__[name] = _Generation(adapter.model, name, self)
+
+    def detach(self, adapter: Adapter) -> None:
+        """Stop listening when the last user leaves."""
+        self.users -= 1
+        if self.users:
+            return
+        self._handle.remove()
+        for name in _GENERATORS:
+            adapter.model.__dict__.pop(name, None)
+
+
+class _Generation:
+    """``model.generate`` with the tracker told. An object, not a closure: ``copy.deepcopy(model)`` then copies the
+    reference to the model too."""
+
+    def __init__(self, model: Any, name: str, tracker: TokenTracker) -> None:
+        self.model, self.name, self.tracker = model, name, tracker
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = getattr(type(self.model), self.name)
+        if self.name == "generate_stream":
+            return self._stream(call, args, kwargs)
+        with self.tracker.generation():
+            return call(self.model, *args, **kwargs)
+
+    def _stream(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+        with self.tracker.generation():
+            yield from call(self.model, *args, **kwargs)
+
+
+class SteeringModule(nn.Module):
+    """What steers one site: the interventions of one plan there, in order, between three HookPoints."""
+
+    def __init__(self, interventions: Sequence[Intervention], tracker: TokenTracker) -> None:
+        from transformer_lens.hook_points import HookPoint
+
+        super().__init__()
+        self.hook_pre, self.hook_delta, self.hook_post = HookPoint(), HookPoint(), HookPoint()
+        self.tracker = tracker
+        self.interventions = tuple(interventions)
+        for index, intervention in enumerate(interventions):
+            for name, tensor in intervention.transform.tensors().items():
+                self.register_buffer(f"{name}_{index}", tensor, persistent=False)
+
+    def forward(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The stream as it goes on: ``hook_pre + hook_delta``."""
+        stream = self.hook_pre(stream)
+        total = torch.zeros_like(stream)
+        for index, intervention in enumerate(self.interventions):
+            mask = self.tracker.mask(intervention.scope, stream)
+            if mask is False:
+                continue
+            names = intervention.transform.tensors()
+            tensors = {name: getattr(self, f"{name}_{index}") for name in names}
+            delta = intervention.transform.delta(stream + total if index else stream, tensors, intervention.strength)
+            if mask is not True:
+                delta = torch.where(mask[..., None], delta, 0.0)
+            total = total + delta
+        return self.hook_post(stream + self.hook_delta(total))  # type: ignore[no-any-return]
+
+    def at_point(self, point: Any, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of TransformerLens' HookPoint at the site; honours the point's layout conversion."""
+        conversion = getattr(point, "hook_conversion", None)
+        if conversion is None:
+            return self(output)  # type: ignore[no-any-return]
+        return conversion.revert(self(conversion.convert(output)))  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """The interventions, for ``print(model)``."""
+        return "; ".join(i.describe() for i in self.interventions)
+
+
+class Steering:
+    """A plan attached to a model. Made by :func:`attach` and :func:`steering`; undone by :meth:`detach`."""
+
+    def __init__(self, model: Any, plan: SteeringPlan) -> None:
+        self.plan = plan
+        self.attached = False
+        self._adapter = adapt(model)
+        self._tracker: TokenTracker = model.__dict__.get(_TRACKER) or TokenTracker()
+        self._sites: list[tuple[int, str, Any, Any]] = []
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The names that the plan added to ``model.hook_dict``, for instance ``...steer_resid_post.hook_delta``."""
+        return tuple(
+            f"blocks.{layer}.{name}.{child}"
+            for layer, name, _, _ in self._sites
+            for child in ("hook_pre", "hook_delta", "hook_post")
+        )
+
+    def prompt(self, columns: "int | Sequence[int] | Tensor") -> Any:
+        """``with steering.prompt(columns):``: say where the prompt ends in teacher-forced forward passes.
+
+        Args:
+            columns: how many columns from the left belong to the prompt, padding included: one number, or one per
+                row. Inside ``generate`` nothing need be said.
+        """
+        return self._tracker.prompt(columns)
+
+    def detach(self) -> None:
+        """Take the plan off again: names, hooks and logits are as before. A second call does nothing."""
+        if not self.attached:
+            return
+        self.attached = False
+        for layer, name, point, handle in reversed(self._sites):
+            handle.hook.remove()
+            point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
+            self._adapter.unregister(layer, name)
+        self._sites = []
+        self._tracker.detach(self._adapter)
+        if not self._tracker.users:
+            self._adapter.model.__dict__.pop(_TRACKER, None)
+
+    def _attach(self) -> None:
+        from transformer_lens.hook_points import LensHandle
+
+        grouped: dict[tuple[int, str], list[Intervention]] = {}
+        for intervention in self.plan.interventions:
+            grouped.setdefault((intervention.layer, intervention.site), []).append(intervention)
+        points = {where: self._adapter.point(*where) for where in grouped}
+        self.attached = True
+        self._tracker.attach(self._adapter)
+        self._adapter.model.__dict__[_TRACKER] = self._tracker
+        for (layer, site), interventions in grouped.items():
+            block = self._adapter.block(layer)
+            depth = 1
+            while steer_name(site, depth) in block._modules:
+                depth += 1
+            name = steer_name(site, depth)
+            module = SteeringModule(interventions, self._tracker).train(self._adapter.model.training)
+            module.to(next(block.parameters()).device)
+            self._adapter.register(layer, name, module)
+            point = points[layer, site]
+            handle = LensHandle(point.register_forward_hook(module.at_point), is_permanent=True)
+            point.fwd_hooks.append(handle)
+            self._sites.append((layer, name, point, handle))
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"Steering ({state}) of {self._adapter.name} by\n{self.plan!r}"
+
+
+def attach(model: Any, plan: SteeringPlan) -> Steering:
+    """Attach a plan until ``detach()`` is called on what is returned. See :func:`steering`."""
+    steered = Steering(model, resolve(model, plan))
+    try:
+        steered._attach()
+    except BaseException:
+        steered.detach()
+        raise
+    return steered
+
+
+@contextmanager
+def steering(model: Any, plan: SteeringPlan) -> Iterator[Steering]:
+    """Steer a model inside a ``with`` block; any TransformerLens call in it is steered.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        plan: what to do. Several plans: nest the blocks (each gets hook points of its own, the inner one counted
+            from ``steer_resid_post_2``), or compose them first with ``plan_a + plan_b`` (one set of hook points).
+            Both act in that order and agree.
+
+    Yields:
+        The attached :class:`Steering`, whose ``prompt(columns)`` says where the prompt ends in teacher-forced
+        passes.
+
+    Raises:
+        PlanError: the plan is for another model, another width, or a layer or site that the model has not.
+        ModelError: the model is of an unknown kind.
+    """
+    steered = attach(model, plan)
+    try:
+        yield steered
+    finally:
+        steered.detach()
+
+
+def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
+    """The plan checked against a model, with every residual norm that it needs measured.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    if not isinstance(plan, SteeringPlan):
+        raise PlanError(
+            f"expected a SteeringPlan, got {type(plan).__name__}; see SteeringPlan.addition({{layer: vector}})"
+        )
+    check_fits(adapt(model), plan)
+    if all(i.units == "absolute" or i.residual_norm is not None for i in plan.interventions):
+        return plan
+    sites = sorted({i.site for i in plan.interventions if i.residual_norm is None})
+    measured = {site: residual_norms(model, site=site) for site in sites}
+    return replace(
+        plan,
+        interventions=tuple(
+            replace(i, residual_norm=measured[i.site][i.layer])
+            if i.units == "residual_norm" and i.residual_norm is None
+            else i
+            for i in plan.interventions
+        ),
+    )
+
+
+def check_fits(adapter: Adapter, plan: SteeringPlan) -> None:
+    """Raise :class:`PlanError` unless the plan's model, layers, sites and width are the model's."""
+    wanted = plan.provenance
+    if wanted.model and wanted.model != adapter.name:
+        raise PlanError(
+            f"this plan was made for {wanted.model!r}, the model is {adapter.name!r}; "
+            "if you know that it fits, attach plan.unbound()"
+        )
+    for i in plan.interventions:
+        check_layer(i.layer, adapter.n_layers, adapter.name)
+        adapter.point(i.layer, i.site)
+        for name, tensor in i.transform.tensors().items():
+            if tensor.shape[-1] != adapter.d_model:
+                raise PlanError(
+                    f"the {name} of {i.describe()} has {tensor.shape[-1]} entries, "
+                    f"{adapter.name} has d_model = {adapter.d_model}"
+                )
+    devices = {p.device.type for p in adapter.block(0).parameters()}
+    if "meta" in devices:
+        raise ModelError(f"{adapter.name} is on the meta device and has no weights; load them first")
