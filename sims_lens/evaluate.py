@@ -1,0 +1,168 @@
+"""Measuring a plan on held-out prompts against the base model: the effect, and its side effects.
+
+Every figure is an :class:`Interval` over prompts. The base model's responses and the steered model's are drawn with
+the same uniform numbers, so that differences between them are those of the plan.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sims_lens.adapter import adapt
+from sims_lens.attach import steering
+from sims_lens.data import Sample, by_prompt
+from sims_lens.plan import SteeringPlan
+from sims_lens.stats import Interval, bootstrap_mean, distinct_ratio, interval_from, win_probability
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One plan on the held-out prompts, each figure with its 95% interval clustered by prompt.
+
+    Args:
+        score: mean score of the ranker.
+        difference: mean score less that of the base model on the same prompts.
+        win_rate: probability that a steered response scores higher than a base response to the same prompt, ties
+            half.
+        nll: see :class:`sims_lens.data.Sample`.
+        perplexity: exp of ``nll``.
+        kl: see :class:`sims_lens.data.Sample`.
+        distinct_2: distinct word bigrams over all word bigrams of the responses.
+        repetition: share of a response's word 4-grams that stood in it before.
+        length: tokens of a response.
+        ended: share of responses that the model ended itself (EOS) within the limit.
+    """
+
+    score: Interval
+    difference: Interval
+    win_rate: Interval
+    nll: Interval
+    perplexity: Interval
+    kl: Interval
+    distinct_2: Interval
+    repetition: Interval
+    length: Interval
+    ended: Interval
+
+    def to_json(self) -> dict[str, list[float]]:
+        """Each figure as ``[estimate, low, high]``."""
+        return {f.name: getattr(self, f.name).to_json() for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Evaluation":
+        """The inverse of :meth:`to_json`."""
+        return cls(**{f.name: interval_from(data[f.name]) for f in fields(cls)})
+
+
+def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0) -> Evaluation:
+    """Put figures and intervals on the samples of a plan.
+
+    Args:
+        samples: of the plan, with scores and side effects.
+        base: of the base model on the same prompts, with scores.
+        seed: of the bootstrap.
+    """
+    groups, base_groups = by_prompt(samples), by_prompt(base)
+
+    def over_prompts(value: Callable[[Sample], float]) -> Interval:
+        return bootstrap_mean(np.array([np.mean([value(s) for s in group]) for group in groups]), seed=seed)
+
+    scores = [np.array([s.score for s in group], dtype=float) for group in groups]
+    base_scores = [np.array([s.score for s in group], dtype=float) for group in base_groups]
+    differences = np.array([a.mean() - b.mean() for a, b in zip(scores, base_scores, strict=True)])
+    wins = np.array([win_probability(a, b) for a, b in zip(scores, base_scores, strict=True)])
+    nll = over_prompts(lambda s: s.nll or 0.0)
+    return Evaluation(
+        score=over_prompts(lambda s: s.score or 0.0),
+        difference=bootstrap_mean(differences, seed=seed),
+        win_rate=bootstrap_mean(wins, seed=seed),
+        nll=nll,
+        perplexity=nll.map(math.exp),
+        kl=over_prompts(lambda s: s.kl or 0.0),
+        distinct_2=distinct_ratio([[_ngrams(s.text, 2) for s in group] for group in groups]),
+        repetition=over_prompts(lambda s: _repetition(s.text)),
+        length=over_prompts(lambda s: len(s.tokens)),
+        ended=over_prompts(lambda s: float(s.ended)),
+    )
+
+
+def side_effects(
+    model: Any,
+    prompts: Sequence[str],
+    samples: Sequence[Sample],
+    plan: SteeringPlan,
+    *,
+    batch_rows: int = 32,
+) -> list[Sample]:
+    """The samples with ``nll`` and ``kl``: they run teacher-forced through the base model and, where there is a plan,
+    through the steered one. Perplexity and KL share the base pass, samples of one prompt share its prefill.
+
+    Args:
+        model: unsteered.
+        prompts: those that ``Sample.prompt`` counts.
+        samples: responses drawn under ``plan``.
+        plan: what they were drawn under; an empty plan gives KL 0.
+        batch_rows: samples in one forward pass, about.
+    """
+    adapter = adapt(model)
+    groups = by_prompt(samples)
+    encoded = {group[0].prompt: adapter.encode(prompts[group[0].prompt]) for group in groups}
+    groups.sort(key=lambda group: len(encoded[group[0].prompt]))
+    size = max(1, batch_rows // max(len(group) for group in groups))
+    found: dict[tuple[int, int], Sample] = {}
+    for start in range(0, len(groups), size):
+        batch = groups[start : start + size]
+        rows = [(index, sample) for index, group in enumerate(batch) for sample in group]
+        asked = [encoded[group[0].prompt] for group in batch]
+        forced = [(index, sample.tokens) for index, sample in rows]
+        with torch.inference_mode():
+            base = adapter.response_logits(asked, forced).float().log_softmax(-1)
+            targets = torch.zeros(base.shape[:2], dtype=torch.long)
+            for row, (_, tokens) in enumerate(forced):
+                targets[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            lengths = torch.tensor([len(tokens) for _, tokens in forced])
+            counted = (torch.arange(base.shape[1])[None] < lengths[:, None]).to(base.device)
+            nll = _per_row(-base.gather(-1, targets.to(base.device)[..., None])[..., 0], counted)
+            kl = torch.zeros_like(nll)
+            if plan.interventions:
+                with steering(model, plan):
+                    steered = adapter.response_logits(asked, forced).float().log_softmax(-1)
+                kl = _per_row(kl_divergence(steered, base), counted)
+        for (_, sample), row_nll, row_kl in zip(rows, nll.tolist(), kl.tolist(), strict=True):
+            found[sample.prompt, sample.draw] = replace(sample, nll=row_nll, kl=row_kl)
+    return [found[sample.prompt, sample.draw] for sample in samples]
+
+
+def kl_divergence(
+    log_p: Float[Tensor, "batch pos d_vocab"], log_q: Float[Tensor, "batch pos d_vocab"]
+) -> Float[Tensor, "batch pos"]:
+    """KL(p || q) in nats from log-probabilities."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _per_row(values: Float[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
+    weights = counted.to(values.dtype)
+    return torch.where(counted, values, 0.0).sum(-1) / weights.sum(-1).clamp(min=1)
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = _words(text)
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _repetition(text: str) -> float:
+    grams = _ngrams(text, 4)
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+__all__ = ["Evaluation", "evaluate", "kl_divergence", "side_effects"]

@@ -1,0 +1,174 @@
+"""One turn of the loop, without the disk: rank, contrast, capture, fit, compose.
+
+Notation. For layer l and iteration t, d_t is the mean difference of the pairs' activations, u_t = d_t / |d_t| its
+direction, m the median norm of the base model's responses at the site, c the total strength, T the number of
+iterations. The vector that is added after iteration t is
+
+    accumulate:  s_t = s_{t-1} + (c / T) * m * u_t,   s_0 = 0
+    replace:     s_t = c * m * u_t
+
+The paper (SIMS, arXiv 2507.08967) leaves open how transforms are composed across iterations. Accumulating makes each
+iteration a step from where the last one stood, because its pairs were drawn from the model as steered so far; the
+dose grows with t, so a rise over iterations alone is no evidence for the method: look at the norm-matched controls.
+Replacing keeps the dose constant and throws away what earlier iterations found.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sims_lens.adapter import adapt
+from sims_lens.attach import steering
+from sims_lens.capture import capture
+from sims_lens.config import SIMSConfig, SteeringConfig
+from sims_lens.contrast import Contrast
+from sims_lens.data import Sample, by_prompt
+from sims_lens.errors import RunError
+from sims_lens.fit import mean_difference, shuffled_mean_differences, split_half_cosine, unit
+from sims_lens.plan import Provenance, SteeringPlan
+from sims_lens.rankers import Ranker
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What one iteration learnt, at every layer.
+
+    Args:
+        mean_difference: d_t.
+        shuffled: mean differences of the same pairs under shuffled labels, the null controls.
+        median_norm: median norm of the responses' stream, per layer.
+        split_half: split-half cosine of the direction, per layer.
+    """
+
+    mean_difference: Float[Tensor, "layer d_model"]
+    shuffled: Float[Tensor, "control layer d_model"]
+    median_norm: Float[Tensor, " layer"]
+    split_half: Float[Tensor, " layer"]
+
+
+def rank(
+    ranker: Ranker,
+    prompts: Sequence[str],
+    samples: Sequence[Sample],
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> list[Sample]:
+    """The samples with the ranker's scores, ordered by prompt and draw."""
+    ranked: list[Sample] = []
+    for group in by_prompt(samples):
+        scores = ranker.rank(prompts[group[0].prompt], [s.text for s in group])
+        ranked += [replace(s, score=float(score)) for s, score in zip(group, scores, strict=True)]
+        if advance is not None:
+            advance(len(group))
+    return ranked
+
+
+def fit_contrast(
+    model: Any,
+    prompts: Sequence[str],
+    contrast: Contrast,
+    plan: SteeringPlan,
+    config: SIMSConfig,
+    *,
+    seed: int,
+) -> Fit:
+    """Capture the pairs' activations in one pass over all layers and fit the mean difference at each.
+
+    The activations are those of the model that wrote the responses, ``plan`` attached, averaged over response
+    tokens.
+
+    Raises:
+        RunError: fewer than two pairs are left.
+    """
+    if len(contrast.pairs) < 2:
+        raise RunError(
+            f"only {len(contrast.pairs)} contrast pairs are left (dropped: {contrast.dropped}); the ranker hardly "
+            "tells the responses apart. Give more prompts or responses, or a smaller min_margin"
+        )
+    adapter = adapt(model)
+    encoded = {pair.prompt: adapter.encode(prompts[pair.prompt]) for pair in contrast.pairs}
+    rows = [(encoded[p.prompt], s.tokens) for p in contrast.pairs for s in (p.best, p.worst)]
+    with steering(model, plan) as steered:
+        # the prompt ends where each row's response begins; capture runs left-padded batches of its own
+        read = capture(model, rows, site=config.steering.site, declare=steered.prompt)
+    best, worst = read.means[0::2], read.means[1::2]
+    return Fit(
+        mean_difference=mean_difference(best, worst),
+        shuffled=shuffled_mean_differences(best, worst, count=config.evaluation.controls, seed=seed),
+        median_norm=read.median_norm,
+        split_half=split_half_cosine(best, worst, seed=seed),
+    )
+
+
+def compose(
+    directions: Sequence[Float[Tensor, "layer d_model"]],
+    layers: Sequence[int],
+    norms: Float[Tensor, " layer"],
+    config: SIMSConfig,
+    provenance: Provenance,
+) -> SteeringPlan:
+    """The plan after the last of ``directions``, one per iteration so far. Equations at the top of this module."""
+    vectors = _composed(directions, layers, norms, config.iterations, config.steering)
+    return _as_plan(vectors, norms, config.steering, provenance)
+
+
+def compose_control(
+    shuffled: Sequence[Float[Tensor, "layer d_model"]],
+    real: SteeringPlan,
+    norms: Float[Tensor, " layer"],
+    config: SIMSConfig,
+    provenance: Provenance,
+) -> SteeringPlan:
+    """A shuffled-label plan composed like the real one and scaled to its norm at every site."""
+    wanted = {layer: vector.norm() for (layer, _), vector in real.vectors().items()}
+    vectors = _composed(shuffled, list(wanted), norms, config.iterations, config.steering)
+    vectors = {layer: unit(vector) * wanted[layer] for layer, vector in vectors.items()}
+    return _as_plan(vectors, norms, config.steering, provenance)
+
+
+def _composed(
+    directions: Sequence[Float[Tensor, "layer d_model"]],
+    layers: Sequence[int],
+    norms: Float[Tensor, " layer"],
+    iterations: int,
+    steering_config: SteeringConfig,
+) -> dict[int, Float[Tensor, " d_model"]]:
+    if steering_config.compose == "replace":
+        total = steering_config.strength * unit(directions[-1])
+    else:
+        total = torch.stack([unit(d) for d in directions]).sum(0) * (steering_config.strength / iterations)
+    return {layer: total[layer] * norms[layer] for layer in layers}
+
+
+def _as_plan(
+    vectors: Mapping[int, Float[Tensor, " d_model"]],
+    norms: Float[Tensor, " layer"],
+    steering_config: SteeringConfig,
+    provenance: Provenance,
+) -> SteeringPlan:
+    plans = [
+        SteeringPlan.addition(
+            {layer: vector},
+            coefficient=float(vector.norm() / norms[layer]),
+            units="residual_norm",
+            site=steering_config.site,
+            scope=steering_config.scope,
+            residual_norms={layer: float(norms[layer])},
+            provenance=provenance,
+        )
+        for layer, vector in vectors.items()
+    ]
+    return SteeringPlan(tuple(i for plan in plans for i in plan.interventions), provenance)
+
+
+def candidate_layers(fractions: Sequence[float], n_layers: int) -> list[int]:
+    """Layers at fractions of the depth, each once.
+
+    >>> candidate_layers((0.6, 0.75, 0.9), 30)
+    [17, 22, 26]
+    """
+    return sorted({min(n_layers - 1, int(round(fraction * (n_layers - 1)))) for fraction in fractions})

@@ -1,0 +1,410 @@
+"""The SIMS loop: sample, rank, contrast, capture, fit, steer, evaluate, and round again."""
+
+import hashlib
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sims_lens.adapter import Adapter, adapt
+from sims_lens.config import SIMSConfig
+from sims_lens.contrast import best_against_worst
+from sims_lens.data import Sample
+from sims_lens.errors import ConfigError, PromptError
+from sims_lens.evaluate import Evaluation, evaluate, side_effects
+from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast, rank
+from sims_lens.plan import NOTHING, SteeringPlan
+from sims_lens.progress import Progress
+from sims_lens.prompts import check_prompts
+from sims_lens.rankers import Ranker, as_ranker
+from sims_lens.run import Run, open_run
+from sims_lens.sampling import LocalSampler, Sampler
+from sims_lens.sites import check_layer
+from sims_lens.store import Folder, RunStore, read_jsonl, write_jsonl
+
+
+def improve(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    ranker: object,
+    config: SIMSConfig | None = None,
+    out: str | Path | None = None,
+    sampler: Sampler | None = None,
+    progress: bool = True,
+) -> Run:
+    """Let a model improve its own steering on unlabelled prompts.
+
+    Per iteration: sample K responses to each training prompt from the model as steered so far, rank them, contrast
+    the best with the worst, capture the residual stream of both at all layers, fit the mean difference, compose it
+    with what came before, and measure the new plan on held-out prompts against the base model. At the end
+    norm-matched shuffled-label controls are measured on the same prompts.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        prompts: unlabelled prompts, at least about 20; they are split by ``config.evaluation``.
+        ranker: ``f(prompt, responses) -> scores`` (higher is better), an object with ``rank``, or a reward function
+            ``f(prompts=, completions=)``.
+        config: the choices; the defaults are reasoned in ``docs/results.md``.
+        out: the run directory. One that holds the same run is gone on with after its last finished step; None makes
+            a temporary one, named in ``run.path``.
+        sampler: another engine; the model itself, in this process, by default.
+        progress: show a progress bar.
+
+    Returns:
+        The run; its ``plan`` steers like the last iteration.
+
+    Raises:
+        PromptError: prompts are empty, duplicate, too few, or longer than the context.
+        ConfigError: a setting does not fit the model.
+        RankerError: the ranker raised or returned something else than one finite score per response. The run keeps
+            what it has: mend the ranker and call again with the same ``out``.
+        RunError: ``out`` holds another run, or something else.
+
+    Reference: Zhu et al. 2025, "Self-Improving Model Steering" (arXiv 2507.08967), Algorithm 1. Where the paper
+        leaves a choice open, ``docs/method.md`` says what we chose and why.
+    """
+    config = config or SIMSConfig()
+    adapter = adapt(model)
+    checked = as_ranker(ranker)
+    texts = check_prompts(prompts)
+    check_config(adapter, config)
+    check_lengths(adapter, texts, config.sampling.max_new_tokens)
+    split = split_prompts(len(texts), config)
+    store = RunStore(out if out is not None else tempfile.mkdtemp(prefix="sims-run-"))
+    store.begin(
+        {
+            "config": config.to_json(),
+            "model": asdict(adapter.provenance),
+            "ranker": checked.name,
+            "versions": _versions(adapter),
+        },
+        [{"prompt": text, "split": name} for text, name in zip(texts, split, strict=True)],
+    )
+    loop = _Loop(model, texts, split, checked, config, store, sampler or LocalSampler(model, config.sampling))
+    with Progress(loop.total(), show=progress) as bar:
+        loop.run(bar)
+    return open_run(store.path)
+
+
+def split_prompts(count: int, config: SIMSConfig) -> tuple[str, ...]:
+    """A split, "train", "validation" or "heldout", for each of ``count`` prompts, by a seeded shuffle.
+
+    Raises:
+        PromptError: too few prompts for the shares that the config asks for.
+    """
+    shares = config.evaluation
+    heldout = round(count * shares.heldout)
+    validation = round(count * shares.validation) if config.steering.layers == "auto" else 0
+    train = count - heldout - validation
+    if min(heldout, train) < 2 or (config.steering.layers == "auto" and validation < 2):
+        raise PromptError(
+            f"{count} prompts give {train} for training, {validation} for validation and {heldout} held out; at least 2 "
+            "of each are needed (about 100 in all for an interval worth having): give more prompts"
+        )
+    names = ["heldout"] * heldout + ["validation"] * validation + ["train"] * train
+    order = np.random.default_rng(config.seed).permutation(count)
+    split = [""] * count
+    for position, index in enumerate(order):
+        split[index] = names[position]
+    return tuple(split)
+
+
+def check_config(adapter: Adapter, config: SIMSConfig) -> None:
+    """Raise unless the layers and the site exist in the model."""
+    if config.steering.layers != "auto":
+        for layer in config.steering.layers:
+            check_layer(layer, adapter.n_layers, adapter.name)
+    adapter.point(0, config.steering.site)
+
+
+def check_lengths(adapter: Adapter, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Raise :class:`PromptError` unless every prompt leaves room for a response in the context."""
+    if max_new_tokens >= adapter.n_ctx:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens} does not fit the context of {adapter.n_ctx} tokens")
+    for index, prompt in enumerate(prompts):
+        length = len(adapter.encode(prompt))
+        if length + max_new_tokens > adapter.n_ctx:
+            raise PromptError(
+                f"prompt {index} ({prompt[:40]!r}...) has {length} tokens; with {max_new_tokens} new ones that is more "
+                f"than the context of {adapter.n_ctx}: shorten it or lower max_new_tokens"
+            )
+
+
+def derive_seed(seed: int, *labels: object) -> int:
+    """A seed of its own for each use, from the run's seed.
+
+    >>> derive_seed(0, "train", 1) == derive_seed(0, "train", 2)
+    False
+    """
+    digest = hashlib.sha256("\0".join(map(str, (seed, *labels))).encode()).digest()
+    return int.from_bytes(digest[:6], "little")
+
+
+@dataclass
+class _Loop:
+    """What every step of a run needs, and the steps."""
+
+    model: Any
+    prompts: tuple[str, ...]
+    split: tuple[str, ...]
+    ranker: Ranker
+    config: SIMSConfig
+    store: RunStore
+    sampler: Sampler
+
+    def __post_init__(self) -> None:
+        self.adapter = adapt(self.model)
+        self.bar = Progress(0, show=False)
+
+    def indices(self, split: str) -> list[int]:
+        return [i for i, name in enumerate(self.split) if name == split]
+
+    def candidates(self) -> list[int]:
+        """The layers that "auto" tries; empty where the layers are given."""
+        if self.config.steering.layers != "auto":
+            return []
+        return candidate_layers(self.config.steering.candidates, self.adapter.n_layers)
+
+    def total(self) -> int:
+        """Responses that a whole run draws."""
+        config = self.config
+        measured = config.evaluation.samples
+        heldout = len(self.indices("heldout")) * measured
+        validation = len(self.indices("validation")) * measured
+        train = len(self.indices("train")) * config.sampling.responses
+        tries = len(self.candidates()) if len(self.candidates()) > 1 else 0
+        chosen = (tries + 1) * validation if tries else 0
+        return config.iterations * (train + heldout) + heldout + chosen + config.evaluation.controls * heldout
+
+    def run(self, bar: Progress) -> None:
+        self.bar = bar
+        base = self.base()
+        plan, directions, shuffled = NOTHING, [], []
+        norms = torch.empty(0)
+        layers: list[int] = []
+        for t in range(1, self.config.iterations + 1):
+            folder = self.store.iteration(t)
+            fitted, dropped = self.learn(folder, t, plan)
+            directions.append(fitted["mean_difference"])
+            shuffled.append(fitted["shuffled"])
+            if t == 1:
+                norms = fitted["median_norm"]
+                layers = self.choose(directions[0], norms)
+            plan = compose(directions, layers, norms, self.config, self._provenance(f"improve, iteration {t}"))
+            self.finish(folder, t, plan, base, dropped)
+        self.control(plan, shuffled, norms, base)
+
+    # The steps. Each reads what is on the disk already and computes the rest.
+
+    def base(self) -> list[Sample]:
+        """The unsteered model on the held-out prompts (and on the validation prompts, where a layer is chosen)."""
+        folder = self.store.folder("base")
+        heldout = self.measure(folder, "heldout", "heldout", NOTHING, "base model, held-out prompts")
+        if len(self.candidates()) > 1:
+            self.measure(folder, "validation", "validation", NOTHING, "base model, validation prompts")
+        self.evaluated(folder, "metrics", lambda: {"evaluation": evaluate(heldout, heldout).to_json()})
+        return heldout
+
+    def learn(self, folder: Folder, t: int, plan: SteeringPlan) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Sample, rank, contrast, capture and fit."""
+        name = f"iteration {t}/{self.config.iterations}"
+        seed = derive_seed(self.config.seed, "train", t)
+        samples = self.ranked(
+            folder, "samples", "train", plan, n=self.config.sampling.responses, seed=seed, what=name
+        )
+        contrast = best_against_worst(samples, min_margin=self.config.contrast.min_margin)
+        pairs = folder.path / "pairs.jsonl"
+        if not pairs.is_file():
+            rows = [
+                {"prompt": p.prompt, "best": p.best.draw, "worst": p.worst.draw, "margin": p.margin}
+                for p in contrast.pairs
+            ]
+            write_jsonl(pairs, rows)
+
+        def make() -> Mapping[str, Tensor]:
+            self.bar.phase(f"{name}: capturing {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
+            with self.spending(folder, "capture") as cost:
+                fit = fit_contrast(self.model, self.prompts, contrast, plan, self.config, seed=seed)
+                cost["prefill"] = sum(
+                    len(self.adapter.encode(self.prompts[p.prompt])) + len(s.tokens)
+                    for p in contrast.pairs
+                    for s in (p.best, p.worst)
+                )
+            return asdict(fit)
+
+        return folder.tensors("vectors", make), contrast.dropped
+
+    def choose(self, direction: Tensor, norms: Tensor) -> list[int]:
+        """The layers to steer: those given, or the best of the candidates on the validation prompts."""
+        if self.config.steering.layers != "auto":
+            return list(self.config.steering.layers)
+        candidates = self.candidates()
+        if len(candidates) == 1:
+            return candidates
+        folder = self.store.folder("choice")
+        base = self.store.folder("base").samples("validation", list)
+        at_full = replace(self.config, iterations=1)
+        found: dict[int, Evaluation] = {}
+        for layer in candidates:
+            plan = compose([direction], [layer], norms, at_full, self._provenance("layer choice"))
+            samples = self.measure(folder, f"layer_{layer:02d}", "validation", plan, f"trying layer {layer}")
+            found[layer] = evaluate(samples, base)
+        chosen = choose_layer(found, evaluate(base, base).nll.estimate + self.config.steering.max_nll_increase)
+        self.evaluated(
+            folder,
+            "metrics",
+            lambda: {"chosen": chosen, "layers": {str(layer): e.to_json() for layer, e in found.items()}},
+        )
+        return [chosen]
+
+    def finish(
+        self, folder: Folder, t: int, plan: SteeringPlan, base: list[Sample], dropped: Mapping[str, int]
+    ) -> None:
+        """Save the plan of an iteration and measure it on the held-out prompts."""
+        file = folder.path / "plan.safetensors"
+        if not file.is_file():
+            plan.save(file)
+        what = f"iteration {t}/{self.config.iterations}, held-out prompts"
+        samples = self.measure(folder, "heldout", "heldout", plan, what)
+        margins = [row["margin"] for row in read_jsonl(folder.path / "pairs.jsonl")]
+        self.evaluated(
+            folder,
+            "metrics",
+            lambda: {
+                "evaluation": evaluate(samples, base).to_json(),
+                "pairs": len(margins),
+                "dropped": dict(dropped),
+                "margin": float(np.mean(margins)),
+            },
+        )
+
+    def control(
+        self, plan: SteeringPlan, shuffled: Sequence[Tensor], norms: Tensor, base: list[Sample]
+    ) -> None:
+        """Measure the norm-matched shuffled-label controls of the last plan."""
+        folder = self.store.folder("controls")
+        found: list[Evaluation] = []
+        for k in range(self.config.evaluation.controls):
+            name = f"shuffled {k + 1}/{self.config.evaluation.controls}"
+            null = compose_control([s[k] for s in shuffled], plan, norms, self.config, self._provenance(name))
+            file = folder.path / f"plan_{k + 1}.safetensors"
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                null.save(file)
+            samples = self.measure(folder, f"heldout_{k + 1}", "heldout", null, f"control: {name}")
+            found.append(evaluate(samples, base))
+        self.evaluated(folder, "metrics", lambda: {"controls": [e.to_json() for e in found]})
+
+    # What the steps are made of
+
+    def ranked(
+        self, folder: Folder, name: str, split: str, plan: SteeringPlan, *, n: int, seed: int, what: str
+    ) -> list[Sample]:
+        """Scored samples of a split. Responses are on the disk before they are ranked, so that a ranker which fails
+        loses none."""
+        indices = self.indices(split)
+        read = (folder.path / f"{name}.jsonl").is_file() or (folder.path / f"{name}.responses.jsonl").is_file()
+        if read:
+            self.bar.advance(len(indices) * n)
+
+        def draw() -> Iterator[Sample]:
+            self.bar.phase(f"{what}: sampling")
+            before = replace(self.sampler.count)
+            with self.spending(folder, "sample") as cost:
+                texts = [self.prompts[i] for i in indices]
+                for sample in self.sampler.sample(texts, n=n, plan=plan, seed=seed):
+                    self.bar.advance(1)
+                    yield replace(sample, prompt=indices[sample.prompt])
+                cost["prefill"] = self.sampler.count.prefill - before.prefill
+                cost["decode"] = self.sampler.count.decode - before.decode
+
+        def score() -> list[Sample]:
+            responses = folder.samples(f"{name}.responses", draw)
+            self.bar.phase(f"{what}: ranking with {self.ranker.name}")
+            with self.spending(folder, "rank"):
+                return rank(self.ranker, self.prompts, responses)
+
+        samples = folder.samples(name, score)
+        folder.remove(f"{name}.responses.jsonl")
+        return samples
+
+    def measure(self, folder: Folder, name: str, split: str, plan: SteeringPlan, what: str) -> list[Sample]:
+        """Samples of a split with scores and side effects, drawn with the same random numbers for every plan."""
+
+        def make() -> list[Sample]:
+            scored = self.ranked(
+                folder,
+                f"{name}.scored",
+                split,
+                plan,
+                n=self.config.evaluation.samples,
+                seed=derive_seed(self.config.seed, split),
+                what=what,
+            )
+            self.bar.phase(f"{what}: perplexity and KL")
+            with self.spending(folder, "measure") as cost:
+                measured = side_effects(self.model, self.prompts, scored, plan)
+                passes = 2 if plan.interventions else 1
+                cost["prefill"] = passes * sum(
+                    len(self.adapter.encode(self.prompts[s.prompt])) + len(s.tokens) for s in scored
+                )
+            return measured
+
+        if (folder.path / f"{name}.jsonl").is_file():
+            self.bar.advance(len(self.indices(split)) * self.config.evaluation.samples)
+        samples = folder.samples(name, make)
+        folder.remove(f"{name}.scored.jsonl")
+        return samples
+
+    def evaluated(self, folder: Folder, name: str, make: Callable[[], Any]) -> None:
+        """Write a folder's figures and call it complete."""
+        if not folder.complete:
+            folder.json(name, make)
+            folder.finish()
+
+    @contextmanager
+    def spending(self, folder: Folder, phase: str) -> Iterator[dict[str, float]]:
+        cost: dict[str, float] = {}
+        start = time.perf_counter()
+        try:
+            yield cost
+        finally:
+            folder.spend(phase, {"seconds": time.perf_counter() - start, **cost})
+
+    def _provenance(self, source: str) -> Any:
+        return replace(self.adapter.provenance, source=f"{source}, config {self.config.digest}")
+
+
+def choose_layer(found: Mapping[int, Evaluation], max_nll: float) -> int:
+    """The layer with the highest win rate whose text is fluent; the most fluent one where none is.
+
+    Args:
+        found: evaluation of each candidate.
+        max_nll: the largest mean negative log-likelihood that counts as fluent, nats per token.
+    """
+    fluent = {layer: e for layer, e in found.items() if e.nll.estimate <= max_nll}
+    if not fluent:
+        return min(found, key=lambda layer: found[layer].nll.estimate)
+    return max(fluent, key=lambda layer: fluent[layer].win_rate.estimate)
+
+
+def _versions(adapter: Adapter) -> dict[str, str]:
+    found = {"python": platform.python_version(), "model_kind": adapter.kind}
+    for package in ("sims-lens", "transformer-lens", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+

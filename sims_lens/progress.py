@@ -1,0 +1,33 @@
+"""One progress bar for a whole run: it says which phase is running and how long is left."""
+
+from types import TracebackType
+
+from tqdm.auto import tqdm
+
+
+class Progress:
+    """A bar that counts responses (drawn and measured), with the phase as its text.
+
+    Args:
+        total: responses in the whole run.
+        show: False for a silent one.
+    """
+
+    def __init__(self, total: int, *, show: bool = True) -> None:
+        self._bar = tqdm(total=total, unit="resp", disable=not show, dynamic_ncols=True, smoothing=0.05)
+
+    def phase(self, text: str) -> None:
+        """Say what is happening now."""
+        self._bar.set_description_str(text)
+
+    def advance(self, count: int = 1) -> None:
+        """Count responses as done."""
+        self._bar.update(count)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,321 @@
+"""A run, read back from its directory: what was learnt, with intervals."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sims_lens.config import SIMSConfig
+from sims_lens.data import Sample
+from sims_lens.errors import RunError
+from sims_lens.evaluate import Evaluation
+from sims_lens.plan import Provenance, SteeringPlan
+from sims_lens.stats import Interval
+from sims_lens.store import RunStore, read_jsonl, read_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One finished turn of the loop.
+
+    Args:
+        index: counted from 1.
+        plan: what the model is steered with after it.
+        evaluation: of that plan on the held-out prompts, against the base model.
+        pairs: how many contrast pairs were fitted.
+        dropped: how many prompts gave no pair, by reason.
+        margin: mean margin of the pairs, in the ranker's units.
+        path: its folder.
+    """
+
+    index: int
+    plan: SteeringPlan
+    evaluation: Evaluation
+    pairs: int
+    dropped: dict[str, int]
+    margin: float
+    path: Path = field(repr=False)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """``mean_difference`` [layer, d_model], ``shuffled`` [control, layer, d_model], ``median_norm`` [layer] and
+        ``split_half`` [layer], as fitted in this iteration at every layer."""
+        return read_tensors(self.path / "vectors.safetensors")
+
+    @property
+    def vectors(self) -> Float[Tensor, "layer d_model"]:
+        """The mean difference of this iteration's pairs at every layer, in units of the residual stream."""
+        return self.tensors["mean_difference"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the loop: what :func:`sims_lens.improve` returns and :func:`sims_lens.open_run` reads.
+
+    Args:
+        path: its directory.
+        config: the choices that made it.
+        model: the model that it was made on.
+        ranker: the name of the ranker.
+        prompts: every prompt.
+        split: "train", "validation" or "heldout" for each prompt.
+        base: the unsteered model on the held-out prompts.
+        iterations: the finished ones.
+        controls: norm-matched shuffled-label plans on the held-out prompts; empty until the run is complete.
+        choice: for each layer that "auto" tried, its evaluation on the validation prompts; empty otherwise.
+        cost: seconds and tokens by phase.
+    """
+
+    path: Path
+    config: SIMSConfig
+    model: Provenance
+    ranker: str
+    prompts: tuple[str, ...] = field(repr=False)
+    split: tuple[str, ...] = field(repr=False)
+    base: Evaluation
+    iterations: tuple[Iteration, ...]
+    controls: tuple[Evaluation, ...]
+    choice: dict[int, Evaluation]
+    cost: dict[str, dict[str, float]]
+
+    @property
+    def plan(self) -> SteeringPlan:
+        """The plan after the last finished iteration.
+
+        Raises:
+            RunError: no iteration is finished yet.
+        """
+        if not self.iterations:
+            raise RunError(f"{self.path} has no finished iteration yet; call improve(..., out={str(self.path)!r})")
+        return self.iterations[-1].plan
+
+    @property
+    def complete(self) -> bool:
+        """Whether every iteration and every control is there."""
+        return (
+            len(self.iterations) == self.config.iterations and len(self.controls) == self.config.evaluation.controls
+        )
+
+    @property
+    def beats_controls(self) -> bool | None:
+        """Whether the last iteration's effect lies above that of every shuffled-label control; None without them."""
+        if not self.controls or not self.iterations:
+            return None
+        effect = self.iterations[-1].evaluation.difference.estimate
+        return all(effect > control.difference.estimate for control in self.controls)
+
+    def indices(self, split: str) -> list[int]:
+        """Indices of the prompts of a split."""
+        return [i for i, s in enumerate(self.split) if s == split]
+
+    def samples(self, iteration: int, split: str = "heldout") -> list[Sample]:
+        """The samples of an iteration; iteration 0 is the base model.
+
+        Args:
+            iteration: 0 to the last finished one.
+            split: "heldout": drawn with the plan *after* the iteration; "train": the scored responses that it learnt
+                from, drawn with the plan *before* it.
+        """
+        store = RunStore(self.path)
+        if iteration == 0 and split == "heldout":
+            return store.folder("base").samples("heldout", list)
+        if not 1 <= iteration <= len(self.iterations) or split not in ("heldout", "train"):
+            raise RunError(
+                f"there are no {split} samples of iteration {iteration}; "
+                f"finished iterations are 1..{len(self.iterations)}, splits are 'heldout' and 'train'"
+            )
+        return store.iteration(iteration).samples("samples" if split == "train" else "heldout", list)
+
+    def table(self) -> "pd.DataFrame":
+        """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``)."""
+        import pandas as pd
+
+        rows = []
+        for name, evaluation in self._rows():
+            row: dict[str, Any] = {"plan": name}
+            for f in fields(Evaluation):
+                interval: Interval = getattr(evaluation, f.name)
+                row |= {
+                    f.name: interval.estimate,
+                    f"{f.name}_low": interval.low,
+                    f"{f.name}_high": interval.high,
+                }
+            rows.append(row)
+        return pd.DataFrame(rows).set_index("plan")
+
+    def _rows(self) -> list[tuple[str, Evaluation]]:
+        return [
+            ("base", self.base),
+            *((f"iteration {i.index}", i.evaluation) for i in self.iterations),
+            *((f"shuffled {k}", control) for k, control in enumerate(self.controls, start=1)),
+        ]
+
+    def verdict(self) -> str:
+        """What was learnt, in one or two plain sentences."""
+        if not self.iterations:
+            return "No iteration is finished yet."
+        last = self.iterations[-1].evaluation
+        text = (
+            f"After {len(self.iterations)} iterations a steered response scores higher than a base response in "
+            f"{100 * last.win_rate.estimate:.0f}% of cases "
+            f"[{100 * last.win_rate.low:.0f}, {100 * last.win_rate.high:.0f}] on "
+            f"{len(self.indices('heldout'))} held-out prompts ({self.ranker})."
+        )
+        if self.beats_controls is None:
+            return text
+        strongest = max(c.difference.estimate for c in self.controls)
+        effect = last.difference.estimate
+        relation = "lies above" if self.beats_controls else "does NOT lie above"
+        return (
+            f"{text} Its effect, {effect:+.3g}, {relation} that of all {len(self.controls)} shuffled-label controls of "
+            f"the same norm (largest {strongest:+.3g})."
+        )
+
+    def __repr__(self) -> str:
+        counts = {name: len(self.indices(name)) for name in ("train", "validation", "heldout")}
+        layers = ", ".join(str(layer) for layer in self.plan.layers) if self.iterations else "none yet"
+        lines = [
+            f"Run at {self.path} ({'complete' if self.complete else 'not finished'})",
+            f"  {self.model.model}, ranker {self.ranker}, seed {self.config.seed}",
+            f"  prompts: {counts['train']} training, {counts['validation']} validation, {counts['heldout']} held-out",
+            f"  steered: layer {layers}, {self.config.steering.site}, {self.config.steering.compose}, total strength "
+            f"{self.config.steering.strength:g} x median residual norm",
+            "",
+            table_text(self._rows()),
+            "",
+            f"  {self.verdict()}",
+            f"  {cost_text(self.cost)}",
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            "<tr><td>" + "</td><td>".join(html.escape(cell) for cell in cells) + "</td></tr>"
+            for cells in table_cells(self._rows())
+        )
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in TABLE_HEAD)
+        return (
+            f"<p><b>Run</b> at <code>{html.escape(str(self.path))}</code><br>{html.escape(self.model.model)}, ranker "
+            f"{html.escape(self.ranker)}, seed {self.config.seed}</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{html.escape(self.verdict())}<br>{html.escape(cost_text(self.cost))}</p>"
+        )
+
+
+TABLE_HEAD = (
+    "held-out prompts",
+    "score",
+    "difference [95%]",
+    "win rate [95%]",
+    "NLL",
+    "KL",
+    "distinct-2",
+    "repeated",
+    "length",
+    "EOS",
+)
+
+
+def table_cells(rows: Sequence[tuple[str, Evaluation]]) -> list[tuple[str, ...]]:
+    """The rows of a run's table as text, one tuple per plan, in the order of :data:`TABLE_HEAD`."""
+    cells: list[tuple[str, ...]] = []
+    for name, e in rows:
+        base = name == "base"
+        cells.append(
+            (
+                name,
+                f"{e.score.estimate:.3g}",
+                "" if base else f"{e.difference.estimate:+.3g} [{e.difference.low:+.3g}, {e.difference.high:+.3g}]",
+                "" if base else f"{e.win_rate.estimate:.3f} [{e.win_rate.low:.3f}, {e.win_rate.high:.3f}]",
+                f"{e.nll.estimate:.2f}",
+                "" if base else f"{e.kl.estimate:.2f}",
+                f"{e.distinct_2.estimate:.2f}",
+                f"{e.repetition.estimate:.3f}",
+                f"{e.length.estimate:.1f}",
+                f"{100 * e.ended.estimate:.0f}%",
+            )
+        )
+    return cells
+
+
+def table_text(rows: Sequence[tuple[str, Evaluation]]) -> str:
+    """A run's table for a terminal."""
+    cells = [TABLE_HEAD, *table_cells(rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(TABLE_HEAD))]
+    lines = []
+    for first, *others in cells:
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  " + "  ".join([first.ljust(widths[0]), *padded]))
+    return "\n".join(lines)
+
+
+def cost_text(cost: dict[str, dict[str, float]]) -> str:
+    """Seconds and tokens by phase, in one line."""
+    parts = []
+    for phase, spent in cost.items():
+        tokens = ", ".join(f"{int(spent[k]):,} {k}" for k in ("prefill", "decode") if spent.get(k))
+        parts.append(f"{phase} {spent.get('seconds', 0.0):.0f} s" + (f" ({tokens} tokens)" if tokens else ""))
+    return "Cost: " + "; ".join(parts) if parts else "Cost: nothing yet"
+
+
+def open_run(path: str | Path) -> Run:
+    """Read a run directory: the same object that :func:`sims_lens.improve` returned.
+
+    Raises:
+        RunError: there is no run, it is damaged, or a newer sims_lens wrote it.
+    """
+    store = RunStore(path)
+    header = store.header()
+    config = SIMSConfig.from_json(header["config"])
+    prompts = read_jsonl(store.path / "prompts.jsonl")
+    base = store.folder("base")
+    if not base.complete:
+        raise RunError(f"{path} has not measured the base model yet; call improve(..., out={str(path)!r}) to go on")
+    iterations: list[Iteration] = []
+    while store.iteration(len(iterations) + 1).complete:
+        folder = store.iteration(len(iterations) + 1)
+        metrics = folder.json("metrics", dict)
+        iterations.append(
+            Iteration(
+                index=len(iterations) + 1,
+                plan=SteeringPlan.load(folder.path / "plan.safetensors"),
+                evaluation=Evaluation.from_json(metrics["evaluation"]),
+                pairs=metrics["pairs"],
+                dropped=metrics["dropped"],
+                margin=metrics["margin"],
+                path=folder.path,
+            )
+        )
+    controls, choice = store.folder("controls"), store.folder("choice")
+    folders = [base, choice, *(store.iteration(i.index) for i in iterations), controls]
+    cost: dict[str, dict[str, float]] = {}
+    for folder in folders:
+        for phase, spent in folder.json("cost", dict).items() if (folder.path / "cost.json").is_file() else ():
+            total = cost.setdefault(phase, {})
+            for key, value in spent.items():
+                total[key] = total.get(key, 0.0) + float(value)
+    return Run(
+        path=store.path,
+        config=config,
+        model=Provenance(**header["model"]),
+        ranker=header["ranker"],
+        prompts=tuple(row["prompt"] for row in prompts),
+        split=tuple(row["split"] for row in prompts),
+        base=Evaluation.from_json(base.json("metrics", dict)["evaluation"]),
+        iterations=tuple(iterations),
+        controls=tuple(Evaluation.from_json(e) for e in controls.json("metrics", dict)["controls"])
+        if controls.complete
+        else (),
+        choice={int(layer): Evaluation.from_json(e) for layer, e in choice.json("metrics", dict)["layers"].items()}
+        if choice.complete
+        else {},
+        cost=cost,
+    )
