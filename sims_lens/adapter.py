@@ -156,7 +156,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def unregister(self, layer: int, name: str) -> None:
-        """Undo :meth:`register`."""
+        """Undo :meth:`register`, also where it stopped halfway."""
 
     # Forward passes
 
@@ -247,7 +247,7 @@ class HookedAdapter(Adapter):
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        del self.block(layer)._modules[name]
+        self.block(layer)._modules.pop(name, None)
         self.model.setup()
 
     def logits(
@@ -309,10 +309,9 @@ class BridgeAdapter(Adapter):
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        module = self.block(layer)._modules.pop(name)
-        assert module is not None
-        for child, _ in module.named_children():
-            del self.model._hook_registry[f"blocks.{layer}.{name}.{child}"]
+        module = self.block(layer)._modules.pop(name, None)
+        for child, _ in module.named_children() if module else ():
+            self.model._hook_registry.pop(f"blocks.{layer}.{name}.{child}", None)
 
     def logits(
         self,

@@ -11,8 +11,8 @@ them. The stream that goes on is ``hook_pre + hook_delta``, so a zeroed ``hook_d
 model. Everything is undone when the block ends, however it ends.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,63 +43,84 @@ class TokenTracker:
     def __init__(self) -> None:
         self.users = 0
         self._handle: Any = None
-        self._declared: int | Int[Tensor, " batch"] | None = None
+        self._paused = False
         self._generating = False
-        self._boundary: int | Int[Tensor, " batch"] | None = None
+        self._declared: int | Int[Tensor, " batch"] | None = None
+        self.boundary: int | Int[Tensor, " batch"] | None = None
         self._columns = (0, 0)
         self._masks: dict[TokenScope, bool | Bool[Tensor, "batch pos"]] = {}
 
     def before_block(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the first block: one forward pass begins."""
         stream = args[0] if args else kwargs["hidden_states"]
-        offset = cached_length(kwargs.get, [*args, *kwargs.values()])
+        self._begin(cached_length(kwargs.get, [*args, *kwargs.values()]), stream.shape[1])
+
+    def _begin(self, offset: int, width: int) -> None:
         if self._declared is not None:
-            self._boundary = self._declared
-        elif self._boundary is None or (offset == 0 and not self._generating):
-            self._boundary = offset + stream.shape[1]
-        self._columns = (offset, stream.shape[1])
-        self._masks = {}
+            self.boundary = self._declared
+        elif not self._generating:
+            self.boundary = offset or width
+        elif self.boundary is None:
+            self.boundary = offset + width
+        self._columns, self._masks = (offset, width), {}
 
     def mask(self, scope: TokenScope, stream: Float[Tensor, "batch pos d_model"]) -> "bool | Tensor":
         """Which tokens of ``stream`` are in scope: a mask, or one bool where it is the same for all of them."""
-        if self._columns[1] != stream.shape[1]:  # a pass that skipped the first block: all prompt
-            self._columns, self._boundary, self._masks = (0, stream.shape[1]), stream.shape[1], {}
+        if self._paused:
+            return False
+        if self._columns[1] != stream.shape[1]:  # a pass that skipped the first block
+            self._begin(0, stream.shape[1])
         if scope not in self._masks:
             self._masks[scope] = self._compute(scope, stream)
         return self._masks[scope]
 
     def _compute(self, scope: TokenScope, stream: Tensor) -> "bool | Tensor":
-        offset, width = self._columns
-        boundary = self._boundary
+        (offset, width), boundary = self._columns, self.boundary
         assert boundary is not None
         if scope.prompt and scope.last_prompt and scope.response:
             return True
         if isinstance(boundary, int) and offset >= boundary:
             return scope.holds(Region.RESPONSE)
+        if isinstance(boundary, Tensor) and len(boundary) != len(stream):
+            raise PlanError(f"prompt(columns) was given {len(boundary)} numbers for a batch of {len(stream)} rows")
         columns = torch.arange(offset, offset + width, device=stream.device)[None]
         edge = torch.as_tensor(boundary, device=stream.device).reshape(-1, 1)
-        mask = scope.mask(regions_at(columns.expand(len(edge), -1), edge))
-        return mask.expand(stream.shape[0], -1)
+        return scope.mask(regions_at(columns.expand(len(edge), -1), edge))
 
     @contextmanager
     def prompt(self, columns: "int | Sequence[int] | Int[Tensor, ' batch']") -> Iterator[None]:
         """Inside, the first ``columns`` columns of every batch (padding included) are the prompt."""
-        before = self._declared
-        self._declared = columns if isinstance(columns, int) else torch.as_tensor(columns)
+        counts = torch.as_tensor(columns)
+        if counts.ndim > 1 or counts.is_floating_point() or counts.dtype == torch.bool or bool((counts < 0).any()):
+            raise PlanError(f"prompt(columns) needs a count of columns, or one per row of the batch; got {columns!r}")
+        before, self._declared = self._declared, counts if counts.ndim else int(counts)
         try:
             yield
         finally:
-            self._declared, self._boundary = before, None
+            self._declared, self._columns = before, (0, 0)
 
     @contextmanager
-    def generation(self) -> Iterator[None]:
-        """Inside, the first pass is the prompt and whatever lies beyond it is response, with or without a cache."""
-        before = self._generating, self._boundary
-        self._generating, self._boundary = True, None
+    def generation(self, boundary: "int | Tensor | None" = None) -> Iterator[None]:
+        """Inside, the first pass is the prompt and whatever lies beyond it is response, with or without a cache.
+
+        Args:
+            boundary: where the prompt ends, when a generation that was begun before goes on.
+        """
+        before = self._generating, self.boundary
+        self._generating, self.boundary = True, boundary
         try:
             yield
         finally:
-            self._generating, self._boundary = before
+            (self._generating, self.boundary), self._columns = before, (0, 0)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no token is in scope: the model acts as if it were not steered."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     # One tracker per model, kept with the hooks that feed it
 
@@ -109,9 +130,10 @@ class TokenTracker:
         if self.users > 1:
             return
         self._handle = adapter.block(0).register_forward_pre_hook(self.before_block, with_kwargs=True)
+        own = adapter.model.__dict__
         for name in _GENERATORS:
             if hasattr(type(adapter.model), name):
-                adapter.model.__dict__[name] = _Generation(adapter.model, name, self)
+                own[name] = _Generation(getattr(adapter.model, name), self, replaces=own.get(name))
 
     def detach(self, adapter: Adapter) -> None:
         """Stop listening when the last user leaves."""
@@ -119,27 +141,37 @@ class TokenTracker:
         if self.users:
             return
         self._handle.remove()
+        own = adapter.model.__dict__
         for name in _GENERATORS:
-            adapter.model.__dict__.pop(name, None)
+            if isinstance(own.get(name), _Generation):
+                replaced = own.pop(name).replaces
+                if replaced is not None:
+                    own[name] = replaced
 
 
 class _Generation:
     """``model.generate`` with the tracker told. An object, not a closure: ``copy.deepcopy(model)`` then copies the
     reference to the model too."""
 
-    def __init__(self, model: Any, name: str, tracker: TokenTracker) -> None:
-        self.model, self.name, self.tracker = model, name, tracker
+    def __init__(self, call: Callable[..., Any], tracker: TokenTracker, *, replaces: Any) -> None:
+        self.call, self.tracker, self.replaces = call, tracker, replaces
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = getattr(type(self.model), self.name)
-        if self.name == "generate_stream":
-            return self._stream(call, args, kwargs)
         with self.tracker.generation():
-            return call(self.model, *args, **kwargs)
+            result = self.call(*args, **kwargs)
+        return self._stream(result) if isinstance(result, Generator) else result
 
-    def _stream(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-        with self.tracker.generation():
-            yield from call(self.model, *args, **kwargs)
+    def _stream(self, stream: Iterator[Any]) -> Iterator[Any]:
+        """The stream, generating only while it computes: what the user runs between two pieces is not part of it."""
+        boundary = None
+        while True:
+            with self.tracker.generation(boundary):
+                try:
+                    piece = next(stream)
+                except StopIteration:
+                    return
+                boundary = self.tracker.boundary
+            yield piece
 
 
 class SteeringModule(nn.Module):
@@ -154,7 +186,7 @@ class SteeringModule(nn.Module):
         self.interventions = tuple(interventions)
         for index, intervention in enumerate(interventions):
             for name, tensor in intervention.transform.tensors().items():
-                self.register_buffer(f"{name}_{index}", tensor, persistent=False)
+                self.register_buffer(f"{name}_{index}", tensor.clone(), persistent=False)
 
     def forward(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The stream as it goes on: ``hook_pre + hook_delta``."""
@@ -244,11 +276,11 @@ class Steering:
             name = steer_name(site, depth)
             module = SteeringModule(interventions, self._tracker).train(self._adapter.model.training)
             module.to(next(block.parameters()).device)
-            self._adapter.register(layer, name, module)
             point = points[layer, site]
             handle = LensHandle(point.register_forward_hook(module.at_point), is_permanent=True)
             point.fwd_hooks.append(handle)
-            self._sites.append((layer, name, point, handle))
+            self._sites.append((layer, name, point, handle))  # first, so that half a registration is undone too
+            self._adapter.register(layer, name, module)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
@@ -305,7 +337,9 @@ def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
     if all(i.units == "absolute" or i.residual_norm is not None for i in plan.interventions):
         return plan
     sites = sorted({i.site for i in plan.interventions if i.residual_norm is None})
-    measured = {site: residual_norms(model, site=site) for site in sites}
+    tracker: TokenTracker | None = model.__dict__.get(_TRACKER)
+    with tracker.paused() if tracker else nullcontext():  # the unit is the unsteered model's, also when plans nest
+        measured = {site: residual_norms(model, site=site) for site in sites}
     return replace(
         plan,
         interventions=tuple(

@@ -125,9 +125,7 @@ def listening(adapter: Adapter, site: str, read: Callable[[int, Tensor], None]) 
             handle.remove()
 
 
-def residual_norms(
-    model: Any, *, site: str = "resid_post", prompts: Sequence[str] | None = None
-) -> dict[int, float]:
+def residual_norms(model: Any, *, site: str = "resid_post", prompts: Sequence[str] | None = None) -> dict[int, float]:
     """Median norm of the stream at a site, per layer: the unit in which coefficients are counted.
 
     Measured on the tokens of the prompts as the model sees them (in its chat template), first position left out.

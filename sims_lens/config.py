@@ -116,7 +116,7 @@ class SteeringConfig:
                 raise ConfigError(f"layers are named twice in {self.layers!r}")
         object.__setattr__(self, "candidates", tuple(self.candidates))
         if not self.candidates:
-            raise ConfigError('candidates must hold at least one fraction of the depth, such as (0.75,)')
+            raise ConfigError("candidates must hold at least one fraction of the depth, such as (0.75,)")
         for fraction in self.candidates:
             _number("a candidate", fraction, 0.0, 1.0)
 
@@ -190,12 +190,16 @@ class SIMSConfig:
         values: dict[str, Any] = {}
         for name, value in data.items():
             if name not in {f.name for f in fields(cls)}:
-                raise ConfigError(f"unknown setting {name!r}; a SIMSConfig has {', '.join(f.name for f in fields(cls))}")
+                raise ConfigError(
+                    f"unknown setting {name!r}; a SIMSConfig has {', '.join(f.name for f in fields(cls))}"
+                )
             if name in parts:
                 kind: Any = parts[name]
                 known = {f.name for f in fields(kind)}
                 if unknown := set(value) - known:
-                    raise ConfigError(f"unknown settings {sorted(unknown)} in {name!r}; it has {', '.join(sorted(known))}")
+                    raise ConfigError(
+                        f"unknown settings {sorted(unknown)} in {name!r}; it has {', '.join(sorted(known))}"
+                    )
                 value = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
             values[name] = value
         return cls(**values)

@@ -38,7 +38,8 @@ def shuffled_mean_differences(
     generator = torch.Generator().manual_seed(seed)
     difference = positive.float() - negative.float()
     signs = torch.randint(0, 2, (count, len(difference)), generator=generator).float() * 2 - 1
-    return torch.tensordot(signs, difference, dims=1) / len(difference)
+    sums: Tensor = torch.tensordot(signs, difference, dims=1)
+    return sums / len(difference)
 
 
 def split_half_cosine(

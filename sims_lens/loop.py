@@ -219,9 +219,7 @@ class _Loop:
         """Sample, rank, contrast, capture and fit."""
         name = f"iteration {t}/{self.config.iterations}"
         seed = derive_seed(self.config.seed, "train", t)
-        samples = self.ranked(
-            folder, "samples", "train", plan, n=self.config.sampling.responses, seed=seed, what=name
-        )
+        samples = self.ranked(folder, "samples", "train", plan, n=self.config.sampling.responses, seed=seed, what=name)
         contrast = best_against_worst(samples, min_margin=self.config.contrast.min_margin)
         pairs = folder.path / "pairs.jsonl"
         if not pairs.is_file():
@@ -252,7 +250,7 @@ class _Loop:
         if len(candidates) == 1:
             return candidates
         folder = self.store.folder("choice")
-        base = self.store.folder("base").samples("validation", list)
+        base = self.store.folder("base").read_samples("validation")
         at_full = replace(self.config, iterations=1)
         found: dict[int, Evaluation] = {}
         for layer in candidates:
@@ -288,9 +286,7 @@ class _Loop:
             },
         )
 
-    def control(
-        self, plan: SteeringPlan, shuffled: Sequence[Tensor], norms: Tensor, base: list[Sample]
-    ) -> None:
+    def control(self, plan: SteeringPlan, shuffled: Sequence[Tensor], norms: Tensor, base: list[Sample]) -> None:
         """Measure the norm-matched shuffled-label controls of the last plan."""
         folder = self.store.folder("controls")
         found: list[Evaluation] = []
@@ -406,5 +402,3 @@ def _versions(adapter: Adapter) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "unknown"
     return found
-
-

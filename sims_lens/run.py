@@ -16,7 +16,7 @@ from sims_lens.errors import RunError
 from sims_lens.evaluate import Evaluation
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.stats import Interval
-from sims_lens.store import RunStore, read_jsonl, read_tensors
+from sims_lens.store import RunStore, read_json, read_jsonl, read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,9 +100,7 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether every iteration and every control is there."""
-        return (
-            len(self.iterations) == self.config.iterations and len(self.controls) == self.config.evaluation.controls
-        )
+        return len(self.iterations) == self.config.iterations and len(self.controls) == self.config.evaluation.controls
 
     @property
     def beats_controls(self) -> bool | None:
@@ -126,20 +124,20 @@ class Run:
         """
         store = RunStore(self.path)
         if iteration == 0 and split == "heldout":
-            return store.folder("base").samples("heldout", list)
+            return store.folder("base").read_samples("heldout")
         if not 1 <= iteration <= len(self.iterations) or split not in ("heldout", "train"):
             raise RunError(
                 f"there are no {split} samples of iteration {iteration}; "
                 f"finished iterations are 1..{len(self.iterations)}, splits are 'heldout' and 'train'"
             )
-        return store.iteration(iteration).samples("samples" if split == "train" else "heldout", list)
+        return store.iteration(iteration).read_samples("samples" if split == "train" else "heldout")
 
     def table(self) -> "pd.DataFrame":
         """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``)."""
         import pandas as pd
 
         rows = []
-        for name, evaluation in self._rows():
+        for name, evaluation in self.rows():
             row: dict[str, Any] = {"plan": name}
             for f in fields(Evaluation):
                 interval: Interval = getattr(evaluation, f.name)
@@ -151,7 +149,8 @@ class Run:
             rows.append(row)
         return pd.DataFrame(rows).set_index("plan")
 
-    def _rows(self) -> list[tuple[str, Evaluation]]:
+    def rows(self) -> list[tuple[str, Evaluation]]:
+        """Every plan that was measured on the held-out prompts, with its name: base, iterations, controls."""
         return [
             ("base", self.base),
             *((f"iteration {i.index}", i.evaluation) for i in self.iterations),
@@ -164,7 +163,7 @@ class Run:
             return "No iteration is finished yet."
         last = self.iterations[-1].evaluation
         text = (
-            f"After {len(self.iterations)} iterations a steered response scores higher than a base response in "
+            f"After {len(self.iterations)} iteration{'s' if len(self.iterations) > 1 else ''} a steered response scores higher than a base response in "
             f"{100 * last.win_rate.estimate:.0f}% of cases "
             f"[{100 * last.win_rate.low:.0f}, {100 * last.win_rate.high:.0f}] on "
             f"{len(self.indices('heldout'))} held-out prompts ({self.ranker})."
@@ -189,7 +188,7 @@ class Run:
             f"  steered: layer {layers}, {self.config.steering.site}, {self.config.steering.compose}, total strength "
             f"{self.config.steering.strength:g} x median residual norm",
             "",
-            table_text(self._rows()),
+            table_text(self.rows()),
             "",
             f"  {self.verdict()}",
             f"  {cost_text(self.cost)}",
@@ -199,7 +198,7 @@ class Run:
     def _repr_html_(self) -> str:
         rows = "".join(
             "<tr><td>" + "</td><td>".join(html.escape(cell) for cell in cells) + "</td></tr>"
-            for cells in table_cells(self._rows())
+            for cells in table_cells(self.rows())
         )
         head = "".join(f"<th>{html.escape(title)}</th>" for title in TABLE_HEAD)
         return (
@@ -282,7 +281,7 @@ def open_run(path: str | Path) -> Run:
     iterations: list[Iteration] = []
     while store.iteration(len(iterations) + 1).complete:
         folder = store.iteration(len(iterations) + 1)
-        metrics = folder.json("metrics", dict)
+        metrics = read_json(folder.path / "metrics.json")
         iterations.append(
             Iteration(
                 index=len(iterations) + 1,
@@ -298,7 +297,9 @@ def open_run(path: str | Path) -> Run:
     folders = [base, choice, *(store.iteration(i.index) for i in iterations), controls]
     cost: dict[str, dict[str, float]] = {}
     for folder in folders:
-        for phase, spent in folder.json("cost", dict).items() if (folder.path / "cost.json").is_file() else ():
+        for phase, spent in (
+            read_json(folder.path / "cost.json").items() if (folder.path / "cost.json").is_file() else ()
+        ):
             total = cost.setdefault(phase, {})
             for key, value in spent.items():
                 total[key] = total.get(key, 0.0) + float(value)
@@ -309,12 +310,15 @@ def open_run(path: str | Path) -> Run:
         ranker=header["ranker"],
         prompts=tuple(row["prompt"] for row in prompts),
         split=tuple(row["split"] for row in prompts),
-        base=Evaluation.from_json(base.json("metrics", dict)["evaluation"]),
+        base=Evaluation.from_json(read_json(base.path / "metrics.json")["evaluation"]),
         iterations=tuple(iterations),
-        controls=tuple(Evaluation.from_json(e) for e in controls.json("metrics", dict)["controls"])
+        controls=tuple(Evaluation.from_json(e) for e in read_json(controls.path / "metrics.json")["controls"])
         if controls.complete
         else (),
-        choice={int(layer): Evaluation.from_json(e) for layer, e in choice.json("metrics", dict)["layers"].items()}
+        choice={
+            int(layer): Evaluation.from_json(e)
+            for layer, e in read_json(choice.path / "metrics.json")["layers"].items()
+        }
         if choice.complete
         else {},
         cost=cost,

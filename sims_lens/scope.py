@@ -116,9 +116,7 @@ _NAMED = {
 ALL, PROMPT, LAST_PROMPT, RESPONSE, GENERATION = _NAMED.values()
 
 
-def left_padded_regions(
-    prompt_lengths: Sequence[int], lengths: Sequence[int], width: int
-) -> Int[Tensor, "batch pos"]:
+def left_padded_regions(prompt_lengths: Sequence[int], lengths: Sequence[int], width: int) -> Int[Tensor, "batch pos"]:
     """Regions of left-padded rows: ``width - length`` of padding, the prompt, its last token, the response.
 
     Args:
@@ -135,9 +133,7 @@ def left_padded_regions(
     return regions_at(column[None] - start, boundary - start)
 
 
-def regions_at(
-    position: Int[Tensor, "batch pos"], prompt_length: Int[Tensor, "batch 1"]
-) -> Int[Tensor, "batch pos"]:
+def regions_at(position: Int[Tensor, "batch pos"], prompt_length: Int[Tensor, "batch 1"]) -> Int[Tensor, "batch pos"]:
     """Regions from positions counted within each row; a negative position is padding."""
     regions = torch.full_like(position, int(Region.RESPONSE))
     regions = torch.where(position < prompt_length, int(Region.PROMPT), regions)

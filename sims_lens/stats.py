@@ -52,9 +52,7 @@ def bootstrap_mean(values: Float[np.ndarray, " prompt"], *, seed: int = 0, draws
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def win_probability(
-    ours: Float[np.ndarray, " draw"], theirs: Float[np.ndarray, " other_draw"]
-) -> float:
+def win_probability(ours: Float[np.ndarray, " draw"], theirs: Float[np.ndarray, " other_draw"]) -> float:
     """P(a draw of ours scores higher than one of theirs), ties half, over all pairs of draws.
 
     >>> win_probability(np.array([1.0, 2.0]), np.array([1.0]))

@@ -52,6 +52,15 @@ class Folder:
         file = self.path / f"{name}.jsonl"
         if not file.is_file():
             write_jsonl(file, [asdict(sample) for sample in make()])
+        return self.read_samples(name)
+
+    def read_samples(self, name: str) -> list[Sample]:
+        """The samples in ``NAME.jsonl``.
+
+        Raises:
+            RunError: the file is missing or damaged.
+        """
+        file = self.path / f"{name}.jsonl"
         return [_sample(row, file) for row in read_jsonl(file)]
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -75,7 +84,9 @@ class Folder:
     def spend(self, phase: str, cost: Mapping[str, float]) -> None:
         """Add to ``cost.json`` what a phase took, so that it is known after an interruption too."""
         costs = read_json(self.path / "cost.json") if (self.path / "cost.json").is_file() else {}
-        costs[phase] = {k: costs.get(phase, {}).get(k, 0) + v for k, v in cost.items()}
+        spent = costs.setdefault(phase, {})
+        for name, amount in cost.items():
+            spent[name] = spent.get(name, 0) + amount
         write_json(self.path / "cost.json", costs)
 
     def finish(self) -> None:

@@ -1,0 +1,252 @@
+"""The command line: ``sims-lens demo | improve | generate | report``.
+
+Exit codes: 0 done, 2 something that was given can't be used (one line says what and what to do), 130 interrupted; an
+interrupted run goes on when the same command is given again.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from sims_lens.config import SamplingConfig, SIMSConfig
+from sims_lens.errors import PlanError, SimsError
+
+if TYPE_CHECKING:
+    from sims_lens.run import Run
+
+DEMO_PROMPTS = 125
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole loop on the embedded model, offline: it learns to write more readable text (or more cheerful text,
+    with --ranker vader) from unlabelled prompts, in about ten minutes on two cores."""
+
+    ranker: str = "reading-ease"
+    """What the loop is to improve: reading-ease, vader, or package.module:function."""
+    out: Path = Path("runs/demo")
+    """The run directory; one that holds this run already is gone on with."""
+    kind: str | None = None
+    """hooked or bridge; by default HookedTransformer where the installed TransformerLens has it."""
+    iterations: int = 3
+    """Turns of the loop."""
+    seed: int = 0
+    """Of everything that is random."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Run the demo and show it."""
+        from sims_lens.prompts import everyday
+
+        config = SIMSConfig(iterations=self.iterations, seed=self.seed)
+        return _improve("embedded", None, self.kind, everyday(DEMO_PROMPTS), self.ranker, config, self.out)
+
+
+@dataclass(frozen=True)
+class Improve:
+    """Let a model improve its own steering on your prompts."""
+
+    prompts: Path
+    """Unlabelled prompts: .jsonl, .json, .txt (one per line) or .csv."""
+    model: str = "embedded"
+    """Hub id, local folder, or "embedded"."""
+    revision: str | None = None
+    """Hub revision to pin."""
+    kind: str | None = None
+    """hooked or bridge; by default HookedTransformer where the installed TransformerLens has it."""
+    ranker: str = "reading-ease"
+    """reading-ease, vader, or package.module:function for one of your own."""
+    out: Path = Path("runs/improve")
+    """The run directory; one that holds this run already is gone on with."""
+    config: Annotated[SIMSConfig, arg(name="")] = field(default_factory=SIMSConfig)
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Run the loop and show what came out."""
+        from sims_lens.prompts import read_prompts
+
+        prompts = read_prompts(self.prompts)
+        return _improve(self.model, self.revision, self.kind, prompts, self.ranker, self.config, self.out)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer prompts with the base model and the steered one, side by side."""
+
+    run_dir: Annotated[Path, arg(name="run")]
+    """A run directory, or a plan file (.safetensors)."""
+    prompt: tuple[str, ...]
+    """One prompt or several."""
+    model: str | None = None
+    """Hub id, local folder or "embedded"; by default the model that the run was made on."""
+    kind: str | None = None
+    """hooked or bridge."""
+    samples: int = 1
+    """Responses to each prompt."""
+    scale: float = 1.0
+    """Multiplies the plan's coefficients; a negative one steers the other way."""
+    max_new_tokens: int = 60
+    """Longest response."""
+    seed: int = 0
+    """Of the sampling."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Sample and print."""
+        from sims_lens.models import EMBEDDED, load
+        from sims_lens.plan import NOTHING, SteeringPlan
+        from sims_lens.prompts import check_prompts
+        from sims_lens.run import open_run
+        from sims_lens.sampling import LocalSampler
+
+        prompts = check_prompts(self.prompt)
+        sampling = SamplingConfig(max_new_tokens=self.max_new_tokens)
+        if self.samples < 1:
+            raise PlanError(f"samples must be at least 1, got {self.samples}")
+        plan = SteeringPlan.load(self.run_dir) if self.run_dir.is_file() else open_run(self.run_dir).plan
+        name = self.model or plan.provenance.model
+        model = load("embedded" if name in (EMBEDDED, "") else name, kind=self.kind)
+        sampler = LocalSampler(model, sampling)
+        answers = {
+            label: sorted(
+                sampler.sample(prompts, n=self.samples, plan=p, seed=self.seed), key=lambda s: (s.prompt, s.draw)
+            )
+            for label, p in (("base", NOTHING), ("steered", plan.scaled(self.scale)))
+        }
+        rows = [
+            {"prompt": prompts[base.prompt], "draw": base.draw, "base": base.text, "steered": steered.text}
+            for base, steered in zip(answers["base"], answers["steered"], strict=True)
+        ]
+        for row in rows:
+            print(f"\n{plain(str(row['prompt']))}")
+            print(f"  base     {plain(str(row['base']))}\n  steered  {plain(str(row['steered']))}")
+        return {"plan": repr(plan), "scale": self.scale, "seed": self.seed, "responses": rows}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a run as one self-contained HTML page."""
+
+    run_dir: Positional[Annotated[Path, arg(name="run")]]
+    """A run directory."""
+    out: Path | None = None
+    """Where to write; report.html in the run directory by default."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Write the page."""
+        from sims_lens.report import write_report
+        from sims_lens.run import open_run
+
+        run = open_run(self.run_dir)
+        path = write_report(run, self.out)
+        print(f"report: {path}")
+        return {**summary(run), "report": str(path)}
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": Demo, "improve": Improve, "generate": Generate, "report": Report}
+
+
+def _improve(
+    model: str,
+    revision: str | None,
+    kind: str | None,
+    prompts: Sequence[str],
+    ranker: str,
+    config: SIMSConfig,
+    out: Path,
+) -> dict[str, Any]:
+    """What ``demo`` and ``improve`` share. The ranker is looked up first: it is the cheapest thing to get wrong."""
+    from sims_lens.rankers import get_ranker
+
+    chosen = get_ranker(ranker)
+    print(f"loading {model} ...", file=sys.stderr, flush=True)
+    from sims_lens.loop import improve
+    from sims_lens.models import load
+    from sims_lens.report import write_report
+
+    loaded = load(model, revision=revision, kind=kind)
+    if (out / "run.json").is_file():
+        print(f"{out} holds this run already: going on where it stopped", file=sys.stderr)
+    run = improve(loaded, prompts, ranker=chosen, config=config, out=out)
+    print(run)
+    print(f"\n{examples(run)}\n")
+    print(f"report: {write_report(run)}")
+    print(f'try it:  sims-lens generate --run {out} --prompt "Tell me about the sea."')
+    return summary(run)
+
+
+def examples(run: "Run", count: int = 3) -> str:
+    """The first draws to a few held-out prompts, base and steered."""
+    base = {s.prompt: s for s in run.samples(0) if s.draw == 0}
+    steered = {s.prompt: s for s in run.samples(len(run.iterations)) if s.draw == 0}
+    parts = []
+    for index in run.indices("heldout")[:count]:
+        parts.append(
+            f"{plain(run.prompts[index])}\n"
+            f"  base     ({base[index].score:6.1f})  {plain(base[index].text)}\n"
+            f"  steered  ({steered[index].score:6.1f})  {plain(steered[index].text)}"
+        )
+    return "\n".join(parts)
+
+
+def summary(run: "Run") -> dict[str, Any]:
+    """A run as plain JSON: what the table shows, and how it was made."""
+    return {
+        "path": str(run.path),
+        "complete": run.complete,
+        "model": run.model.model,
+        "ranker": run.ranker,
+        "config": run.config.to_json(),
+        "layers": list(run.plan.layers) if run.iterations else [],
+        "base": run.base.to_json(),
+        "iterations": [i.evaluation.to_json() for i in run.iterations],
+        "controls": [e.to_json() for e in run.controls],
+        "beats_controls": run.beats_controls,
+        "cost": run.cost,
+        "verdict": run.verdict(),
+    }
+
+
+def plain(text: str) -> str:
+    r"""Text on one line with its control characters shown, not obeyed: a response can't drive the terminal.
+
+    >>> plain("a\x1b[31mb\nc")
+    'a\\x1b[31mb c'
+    """
+    joined = " ".join(text.split("\n"))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    sys.path.insert(0, "")  # as `python -m` does, so that --ranker my_module:function finds a module beside you
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="sims-lens",
+            description="Self-improving model steering for TransformerLens.",
+            args=arguments,
+        )
+        if command.json is not None and not command.json.parent.is_dir():
+            raise SimsError(f"folder {command.json.parent} of --json {command.json} does not exist; create it first")
+        result = command.run()
+        if command.json is not None:
+            command.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    except SimsError as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; give the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,18 @@
+"""Pictures: pure functions from a result to a Plotly figure. They never show and never write.
+
+>>> sorted(__all__)[0]
+'TEMPLATE'
+"""
+
+from sims_lens.plots.run import effect, iteration_similarity, layer_similarity, side_effects, vector_norms, win_rate
+from sims_lens.plots.theme import TEMPLATE
+
+__all__ = [
+    "TEMPLATE",
+    "effect",
+    "iteration_similarity",
+    "layer_similarity",
+    "side_effects",
+    "vector_norms",
+    "win_rate",
+]

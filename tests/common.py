@@ -1,0 +1,65 @@
+"""What several test modules share: kinds of model, random inputs, a fingerprint of what steering could leave."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sims_lens as sims
+from sims_lens.sites import SITES
+
+try:
+    from transformer_lens import HookedTransformer  # noqa: F401
+
+    KINDS: tuple[str, ...] = ("hooked", "bridge")
+except ImportError:  # TransformerLens 4
+    KINDS = ("bridge",)
+
+D_MODEL = 32
+
+__all__ = ["D_MODEL", "KINDS", "SITES", "difference", "fingerprint", "log_probs", "plan_of", "random_tokens", "vector"]
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    return logits.detach().float().log_softmax(-1)
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """The largest difference between two logits' log-probabilities."""
+    return float((log_probs(left) - log_probs(right)).abs().max())
+
+
+def vector(seed: int = 0, *, size: int = D_MODEL) -> Tensor:
+    """A random direction: a constant one would vanish in a LayerNorm."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def random_tokens(batch: int = 2, width: int = 9, *, seed: int = 0) -> Tensor:
+    """Token ids that no tiny tokenizer takes for special ones."""
+    return torch.randint(10, 250, (batch, width), generator=torch.Generator().manual_seed(seed))
+
+
+def plan_of(*layers: int, seed: int = 0, **options: Any) -> sims.SteeringPlan:
+    """A plan that adds a random vector at each layer, at every token unless told otherwise."""
+    vectors = {layer: vector(seed + layer) for layer in layers}
+    return sims.SteeringPlan.addition(vectors, **{"coefficient": 2.0, "scope": "all", **options})
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """Everything about a model that attaching and detaching must leave alone, to be compared with ``==``."""
+    modules = dict(model.named_modules())
+    return {
+        "hook names": list(model.hook_dict.items()),
+        "hooks": {name: (list(p.fwd_hooks), list(p.bwd_hooks), dict(p.ctx)) for name, p in model.hook_dict.items()},
+        "modules": {name: (module, module.training) for name, module in modules.items()},
+        "torch hooks": {
+            (name, key): list(value.items()) if isinstance(value, dict) else list(value)
+            for name, module in modules.items()
+            for key, value in vars(module).items()
+            if key.endswith(("_hooks", "_hooks_with_kwargs")) and value
+        },
+        "weights": {name: (id(value), value._version) for name, value in model.named_parameters()},
+        "buffers": [name for name, _ in model.named_buffers()],
+        "state": list(model.state_dict()),
+        "attributes": {key: dict(value) if isinstance(value, dict) else value for key, value in vars(model).items()},
+    }

@@ -1,0 +1,74 @@
+"""Imports point down, the door is complete, and importing is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sims_lens
+
+ROOT = Path(sims_lens.__file__).parent
+
+# What docs/architecture.md draws: a module imports only from levels below its own, or beside it in its own folder.
+LEVELS = {
+    0: ["errors", "sites", "scope", "data", "config", "stats", "fit", "prompts", "progress", "transforms"],
+    1: ["plan", "contrast", "store"],
+    2: ["adapter", "rankers"],
+    3: ["models", "capture"],
+    4: ["attach"],
+    5: ["sampling", "evaluate"],
+    6: ["iteration", "run"],
+    7: ["loop", "plots"],
+    8: ["report"],
+    9: ["cli"],
+    10: ["__main__"],
+}
+LEVEL = {name: level for level, names in LEVELS.items() for name in names}
+
+
+def rooms() -> list[Path]:
+    return sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", rooms(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    own = room(path)
+    assert own in LEVEL, f"say in LEVELS where {own} belongs"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sims_lens."):
+            other = node.module.split(".")[1]
+            same_level_ok = LEVEL[own] == LEVEL[other] == 0
+            assert other == own or LEVEL[other] < LEVEL[own] or same_level_ok, f"{own} imports {other}"
+
+
+def test_every_public_name_loads_and_is_documented() -> None:
+    assert sorted(sims_lens.__all__) == sims_lens.__all__
+    assert set(sims_lens.__all__) == set(sims_lens._HOME)
+    for name in sims_lens.__all__:
+        assert getattr(sims_lens, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'steer'"):
+        sims_lens.steer  # noqa: B018
+
+
+def test_importing_is_light() -> None:
+    code = "import sims_lens, sys; print([m for m in ('torch', 'transformer_lens', 'plotly', 'pandas') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and done.stderr == ""
+
+
+def test_nothing_can_run_what_a_stranger_wrote() -> None:
+    for path in rooms():
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            assert name not in ("pickle", "exec", "eval") or (
+                isinstance(node, ast.Attribute) and name == "eval"  # model.eval()
+            ), path
+            is_load = isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name)
+            assert not (is_load and node.value.id == "torch"), path

@@ -1,0 +1,149 @@
+"""The command line as a user has it: results, machine-readable output, exit codes, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import sims_lens as sims
+from sims_lens.cli import main, plain
+
+SMALL = [
+    "--iterations",
+    "1",
+    "--sampling.responses",
+    "2",
+    "--sampling.max-new-tokens",
+    "6",
+    "--steering.layers",
+    "1",
+    "--evaluation.samples",
+    "2",
+    "--evaluation.controls",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.write("llama", tmp_path_factory.mktemp("models") / "small"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(
+        "".join(f"Say {w}.\n" for w in ["sea", "sky", "sun", "rain", "snow", "wind", "tree", "leaf", "root", "bird"])
+    )
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(model: str, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    result = out.with_suffix(".json")
+    code = main(["improve", "--model", model, "--prompts", prompts, "--out", str(out), "--json", str(result), *SMALL])
+    assert code == 0
+    written = json.loads(result.read_text())
+    assert written["complete"] and written["layers"] == [1] and len(written["controls"]) == 1
+    assert (out / "report.html").is_file()
+    return out
+
+
+def test_improve_again_goes_on_and_prints_the_same(
+    run: Path, model: str, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["improve", "--model", model, "--prompts", prompts, "--out", str(run), *SMALL]) == 0
+    printed = capsys.readouterr()
+    assert repr(sims.open_run(run)) in printed.out and "going on where it stopped" in printed.err
+
+
+def test_generate_shows_base_and_steered(run: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (run, run / "iterations/01/plan.safetensors"):
+        arguments = [
+            "generate",
+            "--run",
+            str(place),
+            "--model",
+            model,
+            "--prompt",
+            "Say a.",
+            "Say b.",
+            "--samples",
+            "2",
+        ]
+        assert main([*arguments, "--json", str(run / "out.json")]) == 0
+        assert capsys.readouterr().out.count("steered") == 4
+        rows = json.loads((run / "out.json").read_text())["responses"]
+        assert [r["prompt"] for r in rows] == ["Say a.", "Say a.", "Say b.", "Say b."]
+    (run / "out.json").unlink()
+
+
+def test_report_writes_a_page(run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["improve", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["improve", "--prompts", "PROMPTS", "--model", "nowhere/at-all"], "nowhere/at-all"),
+        (["improve", "--prompts", "PROMPTS", "--ranker", "taste"], "taste"),
+        (["improve", "--prompts", "PROMPTS", "--sampling.responses", "1"], "got 1"),
+        (["improve", "--prompts", "PROMPTS", "--steering.site", "resid_mid"], "resid_mid"),
+        (["generate", "--run", "nowhere", "--prompt", "a"], "nowhere"),
+        (["generate", "--run", "RUN", "--prompt", ""], "prompt"),
+        (["report", "nowhere"], "nowhere"),
+        (["report", "RUN", "--json", "no/such/folder/x.json"], "no/such/folder"),
+        (["improve", "--prompts", "PROMPTS", "--model", "MODEL", "--steering.layers", "9"], r"layer 9 is not in 0..2"),
+        (["fly"], "fly"),
+        (["demo", "--iterations", "many"], "many"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, run: Path, model: str, prompts: str, tmp_path: Path
+) -> None:
+    places = {"RUN": str(run), "PROMPTS": prompts, "MODEL": model}
+    done = subprocess.run(
+        [sys.executable, "-m", "sims_lens", *(places.get(a, a) for a in arguments)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message.replace("..", ".") in (done.stderr + done.stdout).replace("..", ".")
+
+
+def test_an_interrupted_run_exits_130_and_goes_on(
+    model: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["improve", "--model", model, "--prompts", prompts, "--out", str(tmp_path / "run"), *SMALL]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sims_lens.loop.fit_contrast", interrupted)
+        assert main(arguments) == 130
+    assert "go on" in capsys.readouterr().err
+    assert main(arguments) == 0
+
+
+def test_help_names_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["improve", "--help"])
+    assert stop.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--steering.strength" in printed and "(default: 0.25)" in printed
+
+
+def test_plain_shows_control_characters() -> None:
+    assert plain("a\x1b]0;owned\x07b\nc\u202ed") == "a\\x1b]0;owned\\x07b c\\u202ed"
+    assert plain("schön 🙂") == "schön 🙂"
