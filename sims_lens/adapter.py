@@ -91,7 +91,7 @@ class Adapter(ABC):
             PromptError: nothing is left after tokenization.
         """
         tokenizer = self.tokenizer
-        hostile = any(token in prompt for token in tokenizer.all_special_tokens)
+        hostile = any(token in prompt for token in self._special.values())
         if getattr(tokenizer, "chat_template", None):
             if hostile:
                 before, _, after = self._chat(_SENTINEL).partition(_SENTINEL)
@@ -120,9 +120,14 @@ class Adapter(ABC):
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             tail = self._ids(text.rpartition(_SENTINEL)[2])
-            special = set(tokenizer.all_special_ids)
-            stops |= {next((i for i in tail if i in special), tokenizer.eos_token_id)} - {None}
+            stops |= {next((i for i in tail if i in self._special), tokenizer.eos_token_id)} - {None}
         return tuple(sorted(int(i) for i in stops))
+
+    @property
+    def _special(self) -> dict[int, str]:
+        """Every special token: those with a role, such as EOS, and those that only a chat template writes."""
+        named = zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True)
+        return dict(named) | {i: str(t) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
 
     def _chat(self, content: str) -> str:
         turns = [{"role": "user", "content": content}]
@@ -227,7 +232,7 @@ def adapt(model: Any) -> Adapter:
 
     if isinstance(model, TransformerBridge):
         return BridgeAdapter(model)
-    if isinstance(model, HookedRootModule) and hasattr(model, "unembed") and hasattr(model, "blocks"):
+    if isinstance(model, HookedRootModule) and hasattr(model, "blocks") and hasattr(model, "generate"):
         return HookedAdapter(model)
     raise ModelError(
         f"sims_lens steers HookedTransformer and TransformerBridge models, not {type(model).__name__}; "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -67,8 +66,9 @@ def capture(
     scope = TokenScope.of(scope)
     adapter = adapt(model)
     for index, (prompt, response) in enumerate(rows):
-        if not (response if scope == RESPONSE else (*prompt, *response)):
-            raise ModelError(f"row {index} has no token in scope {scope.name!r}; leave empty responses out")
+        length = len(prompt) + len(response)
+        if not bool(scope.mask(left_padded_regions([len(prompt)], [length], length)).any()):
+            raise ModelError(f"row {index} has no token in scope {scope.name!r}; leave such rows out")
     means = torch.empty(len(rows), adapter.n_layers, adapter.d_model)
     norms: list[list[Tensor]] = [[] for _ in range(adapter.n_layers)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
@@ -98,9 +98,8 @@ def masked_mean(
     stream: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch d_model"]:
     """Mean over the tokens where ``mask`` is True."""
-    weights = mask.to(stream.dtype)
-    total = einsum(weights, stream, "batch pos, batch pos d_model -> batch d_model")
-    return total / weights.sum(-1, keepdim=True)
+    total = torch.where(mask[..., None], stream, 0.0).sum(1)  # not a product: padding may hold anything
+    return total / mask.sum(-1, keepdim=True)
 
 
 @contextmanager

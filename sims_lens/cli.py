@@ -32,8 +32,8 @@ class Demo:
     """What the loop is to improve: reading-ease, vader, or package.module:function."""
     out: Path = Path("runs/demo")
     """The run directory; one that holds this run already is gone on with."""
-    kind: str | None = None
-    """hooked or bridge; by default HookedTransformer where the installed TransformerLens has it."""
+    kind: str = "bridge"
+    """hooked or bridge; a TransformerBridge decodes faster."""
     iterations: int = 3
     """Turns of the loop."""
     seed: int = 0

@@ -95,7 +95,7 @@ class SteeringConfig:
     candidates: tuple[float, ...] = (0.6, 0.75, 0.9)
     max_nll_increase: float = 0.8
     site: str = "resid_post"
-    strength: float = 0.25
+    strength: float = 0.2
     compose: str = "accumulate"
     scope: str = "generation"
 
@@ -129,12 +129,15 @@ class EvaluationConfig:
         heldout: share of the prompts that are held out.
         validation: share of the prompts on which "auto" picks the layer.
         samples: responses to each held-out prompt, of each plan.
+        measured: of those, how many of each prompt have their perplexity and KL measured, which costs about as much
+            as drawing them.
         controls: norm-matched shuffled-label plans, evaluated beside the last iteration.
     """
 
     heldout: float = 0.4
     validation: float = 0.15
-    samples: int = 4
+    samples: int = 3
+    measured: int = 2
     controls: int = 5
 
     def __post_init__(self) -> None:
@@ -145,6 +148,7 @@ class EvaluationConfig:
                 f"heldout + validation must leave prompts to train on, got {self.heldout} + {self.validation}"
             )
         _positive_int("samples", self.samples)
+        _positive_int("measured", self.measured)
         _positive_int("controls", self.controls, low=0)
 
 

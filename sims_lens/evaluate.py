@@ -64,27 +64,28 @@ def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0
     """Put figures and intervals on the samples of a plan.
 
     Args:
-        samples: of the plan, with scores and side effects.
+        samples: of the plan, with scores, and some of each prompt with side effects.
         base: of the base model on the same prompts, with scores.
         seed: of the bootstrap.
     """
     groups, base_groups = by_prompt(samples), by_prompt(base)
 
-    def over_prompts(value: Callable[[Sample], float]) -> Interval:
-        return bootstrap_mean(np.array([np.mean([value(s) for s in group]) for group in groups]), seed=seed)
+    def over_prompts(value: Callable[[Sample], float | None]) -> Interval:
+        per_prompt = [[v for s in group if (v := value(s)) is not None] for group in groups]
+        return bootstrap_mean(np.array([np.mean(values) for values in per_prompt if values]), seed=seed)
 
     scores = [np.array([s.score for s in group], dtype=float) for group in groups]
     base_scores = [np.array([s.score for s in group], dtype=float) for group in base_groups]
     differences = np.array([a.mean() - b.mean() for a, b in zip(scores, base_scores, strict=True)])
     wins = np.array([win_probability(a, b) for a, b in zip(scores, base_scores, strict=True)])
-    nll = over_prompts(lambda s: s.nll or 0.0)
+    nll = over_prompts(lambda s: s.nll)
     return Evaluation(
-        score=over_prompts(lambda s: s.score or 0.0),
+        score=over_prompts(lambda s: s.score),
         difference=bootstrap_mean(differences, seed=seed),
         win_rate=bootstrap_mean(wins, seed=seed),
         nll=nll,
         perplexity=nll.map(math.exp),
-        kl=over_prompts(lambda s: s.kl or 0.0),
+        kl=over_prompts(lambda s: s.kl),
         distinct_2=distinct_ratio([[_ngrams(s.text, 2) for s in group] for group in groups]),
         repetition=over_prompts(lambda s: _repetition(s.text)),
         length=over_prompts(lambda s: len(s.tokens)),

@@ -108,8 +108,8 @@ def split_prompts(count: int, config: SIMSConfig) -> tuple[str, ...]:
     train = count - heldout - validation
     if min(heldout, train) < 2 or (config.steering.layers == "auto" and validation < 2):
         raise PromptError(
-            f"{count} prompts give {train} for training, {validation} for validation and {heldout} held out; at least 2 "
-            "of each are needed (about 100 in all for an interval worth having): give more prompts"
+            f"{count} prompts give {train} for training, {validation} for validation and {heldout} held out; at least "
+            "2 of each are needed (about 100 in all for an interval worth having): give more prompts"
         )
     names = ["heldout"] * heldout + ["validation"] * validation + ["train"] * train
     order = np.random.default_rng(config.seed).permutation(count)
@@ -348,13 +348,16 @@ class _Loop:
                 what=what,
             )
             self.bar.phase(f"{what}: perplexity and KL")
+            first = [s for s in scored if s.draw < self.config.evaluation.measured]
             with self.spending(folder, "measure") as cost:
-                measured = side_effects(self.model, self.prompts, scored, plan)
+                measured = side_effects(self.model, self.prompts, first, plan)
                 passes = 2 if plan.interventions else 1
-                cost["prefill"] = passes * sum(
-                    len(self.adapter.encode(self.prompts[s.prompt])) + len(s.tokens) for s in scored
+                prompts = {s.prompt for s in first}
+                cost["prefill"] = passes * (
+                    sum(len(self.adapter.encode(self.prompts[i])) for i in prompts) + sum(len(s.tokens) for s in first)
                 )
-            return measured
+            found = {(s.prompt, s.draw): s for s in measured}
+            return [found.get((s.prompt, s.draw), s) for s in scored]
 
         if (folder.path / f"{name}.jsonl").is_file():
             self.bar.advance(len(self.indices(split)) * self.config.evaluation.samples)

@@ -79,8 +79,9 @@ class Intervention:
             raise PlanError(f"coefficient must be a number, got {self.coefficient!r}")
         if not math.isfinite(self.coefficient):
             raise PlanError(f"coefficient must be finite, got {self.coefficient}")
-        if self.residual_norm is not None and not (math.isfinite(self.residual_norm) and self.residual_norm > 0):
-            raise PlanError(f"residual_norm must be a positive number, got {self.residual_norm}")
+        norm = self.residual_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and math.isfinite(norm) and norm > 0):
+            raise PlanError(f"residual_norm must be a positive number, got {norm!r}")
 
     @property
     def strength(self) -> float:

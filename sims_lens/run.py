@@ -162,8 +162,9 @@ class Run:
         if not self.iterations:
             return "No iteration is finished yet."
         last = self.iterations[-1].evaluation
+        turns = "1 iteration" if len(self.iterations) == 1 else f"{len(self.iterations)} iterations"
         text = (
-            f"After {len(self.iterations)} iteration{'s' if len(self.iterations) > 1 else ''} a steered response scores higher than a base response in "
+            f"After {turns} a steered response scores higher than a base response in "
             f"{100 * last.win_rate.estimate:.0f}% of cases "
             f"[{100 * last.win_rate.low:.0f}, {100 * last.win_rate.high:.0f}] on "
             f"{len(self.indices('heldout'))} held-out prompts ({self.ranker})."

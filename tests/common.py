@@ -1,5 +1,6 @@
 """What several test modules share: kinds of model, random inputs, a fingerprint of what steering could leave."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,18 @@ except ImportError:  # TransformerLens 4
 
 D_MODEL = 32
 
-__all__ = ["D_MODEL", "KINDS", "SITES", "difference", "fingerprint", "log_probs", "plan_of", "random_tokens", "vector"]
+__all__ = [
+    "D_MODEL",
+    "KINDS",
+    "SITES",
+    "difference",
+    "fingerprint",
+    "log_probs",
+    "plan_of",
+    "random_rows",
+    "random_tokens",
+    "vector",
+]
 
 
 def log_probs(logits: Tensor) -> Tensor:
@@ -37,6 +49,14 @@ def vector(seed: int = 0, *, size: int = D_MODEL) -> Tensor:
 def random_tokens(batch: int = 2, width: int = 9, *, seed: int = 0) -> Tensor:
     """Token ids that no tiny tokenizer takes for special ones."""
     return torch.randint(10, 250, (batch, width), generator=torch.Generator().manual_seed(seed))
+
+
+def random_rows(lengths: Sequence[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    """Prompts and responses of the given lengths."""
+    return [
+        (random_tokens(1, prompt, seed=2 * i)[0].tolist(), random_tokens(1, response, seed=2 * i + 1)[0].tolist())
+        for i, (prompt, response) in enumerate(lengths)
+    ]
 
 
 def plan_of(*layers: int, seed: int = 0, **options: Any) -> sims.SteeringPlan:

@@ -15,7 +15,7 @@ ROOT = Path(sims_lens.__file__).parent
 LEVELS = {
     0: ["errors", "sites", "scope", "data", "config", "stats", "fit", "prompts", "progress", "transforms"],
     1: ["plan", "contrast", "store"],
-    2: ["adapter", "rankers"],
+    2: ["adapter", "rankers", "bank", "selection"],
     3: ["models", "capture"],
     4: ["attach"],
     5: ["sampling", "evaluate"],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import KINDS, difference, log_probs, plan_of, random_tokens
+from common import KINDS, difference, log_probs, plan_of, random_rows, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +22,8 @@ SCOPES = ("all", "prompt", "last_prompt", "response", "generation")
 WIDTH, NEW = 7, 6
 TOKENS = random_tokens(2, WIDTH)
 DELTA = "blocks.1.steer_resid_post.hook_delta"
+
+LENGTHS = [(4, 3), (1, 5), (9, 2), (6, 4)]  # of prompts and responses
 
 scopes = pytest.mark.parametrize("scope", SCOPES)
 
@@ -108,7 +110,7 @@ def test_the_scopes_differ(model: Any) -> None:
 @scopes
 def test_a_left_padded_batch_is_its_rows(model: Any, scope: str) -> None:
     adapter = adapt(model)
-    rows = [(random_tokens(1, n, seed=n)[0].tolist(), random_tokens(1, m, seed=9 + m)[0].tolist()) for n, m in LENGTHS]
+    rows = random_rows(LENGTHS)
     with steering(model, plan_of(0, 1, scope=scope)) as steered, torch.no_grad():
         tokens, mask = left_pad([[*prompt, *response] for prompt, response in rows], adapter.device)
         with steered.prompt([tokens.shape[1] - len(response) for _, response in rows]):
@@ -117,9 +119,6 @@ def test_a_left_padded_batch_is_its_rows(model: Any, scope: str) -> None:
             with steered.prompt(len(prompt)):
                 alone = model(torch.tensor([[*prompt, *response]]))[0]
             assert difference(together[-len(alone) :], alone) < 1e-4
-
-
-LENGTHS = [(4, 3), (1, 5), (9, 2), (6, 4)]
 
 
 @scopes
@@ -173,7 +172,8 @@ def test_what_goes_on_from_a_cache_is_response(llama: Any) -> None:
                 adapter.logits(random_tokens(1, 30), torch.ones(1, 30, dtype=torch.bool), keep=1)
                 rows = adapter.select_rows(cache, torch.tensor([0]))
                 steered = adapter.logits(tokens[:, 5:8], mask[:, :8], keep=3, cache=rows)
-            plain = adapter.logits(tokens[:, 5:8], mask[:, :8], keep=3, cache=adapter.select_rows(cache, mask[0, :1] * 0))
+            rows = adapter.select_rows(cache, torch.tensor([0]))
+            plain = adapter.logits(tokens[:, 5:8], mask[:, :8], keep=3, cache=rows)
             assert (difference(steered, plain) > 0.01) is steers
 
 
@@ -342,8 +342,9 @@ def test_passes_that_begin_at_a_later_layer(zoo: Callable[..., Any]) -> None:
 def test_capture_reads_the_very_tokens_that_are_steered(model: Any, scope: str) -> None:
     """A plan that adds v to its scope moves the captured mean of the same scope by v, and its complement's not."""
     chosen, plan = TokenScope.of(scope), plan_of(2, scope=scope)
-    rows = [(random_tokens(1, n, seed=n)[0].tolist(), random_tokens(1, m, seed=9 + m)[0].tolist()) for n, m in LENGTHS[2:]]
-    others = [s for s in (TokenScope(prompt=True), TokenScope(last_prompt=True), TokenScope(response=True)) if s | chosen != chosen]
+    rows = random_rows(LENGTHS[2:])
+    regions = TokenScope(prompt=True), TokenScope(last_prompt=True), TokenScope(response=True)
+    others = [region for region in regions if region | chosen != chosen]
     before = [capture(model, rows, scope=s).means for s in (chosen, *others)]
     with steering(model, plan) as steered:
         inside, *outside = [capture(model, rows, scope=s, declare=steered.prompt).means for s in (chosen, *others)]
