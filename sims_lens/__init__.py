@@ -14,17 +14,26 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sims_lens import plots
+    from sims_lens.activations import capture, residual_norms
     from sims_lens.adapter import restride
-    from sims_lens.attach import Steering, attach, resolve, steering
-    from sims_lens.capture import capture, residual_norms
-    from sims_lens.config import ContrastConfig, EvaluationConfig, SamplingConfig, SIMSConfig, SteeringConfig
+    from sims_lens.auditing import audit
+    from sims_lens.config import (
+        ContrastConfig,
+        EvaluationConfig,
+        RankingConfig,
+        SamplingConfig,
+        SIMSConfig,
+        SteeringConfig,
+    )
     from sims_lens.errors import SimsError
     from sims_lens.evaluate import Evaluation
+    from sims_lens.hooks import Steering, attach, resolve, steering
     from sims_lens.loop import improve
     from sims_lens.models import load
     from sims_lens.plan import SteeringPlan
     from sims_lens.prompts import everyday, read_prompts
-    from sims_lens.rankers import ReadingEase, Vader
+    from sims_lens.rankers import CachedRanker, EndpointJudge, Ensemble, PairRM, ReadingEase, RewardModel, Vader
+    from sims_lens.rankers.self_judge import SelfJudge
     from sims_lens.report import write_report
     from sims_lens.run import Run, open_run
     from sims_lens.sampling import LocalSampler
@@ -33,14 +42,16 @@ if TYPE_CHECKING:
 _HOME = {
     "plots": "plots",
     "restride": "adapter",
-    "Steering": "attach",
-    "attach": "attach",
-    "resolve": "attach",
-    "steering": "attach",
-    "capture": "capture",
-    "residual_norms": "capture",
+    "audit": "auditing",
+    "Steering": "hooks",
+    "attach": "hooks",
+    "resolve": "hooks",
+    "steering": "hooks",
+    "capture": "activations",
+    "residual_norms": "activations",
     "ContrastConfig": "config",
     "EvaluationConfig": "config",
+    "RankingConfig": "config",
     "SamplingConfig": "config",
     "SIMSConfig": "config",
     "SteeringConfig": "config",
@@ -51,7 +62,13 @@ _HOME = {
     "SteeringPlan": "plan",
     "everyday": "prompts",
     "read_prompts": "prompts",
+    "CachedRanker": "rankers",
+    "EndpointJudge": "rankers",
+    "Ensemble": "rankers",
+    "PairRM": "rankers",
     "ReadingEase": "rankers",
+    "RewardModel": "rankers",
+    "SelfJudge": "rankers.self_judge",
     "Vader": "rankers",
     "write_report": "report",
     "Run": "run",
@@ -61,14 +78,21 @@ _HOME = {
 }
 
 __all__ = [
+    "CachedRanker",
     "ContrastConfig",
+    "EndpointJudge",
+    "Ensemble",
     "Evaluation",
     "EvaluationConfig",
     "LocalSampler",
+    "PairRM",
+    "RankingConfig",
     "ReadingEase",
+    "RewardModel",
     "Run",
     "SIMSConfig",
     "SamplingConfig",
+    "SelfJudge",
     "SimsError",
     "Steering",
     "SteeringConfig",
@@ -76,6 +100,7 @@ __all__ = [
     "TokenScope",
     "Vader",
     "attach",
+    "audit",
     "capture",
     "everyday",
     "improve",
@@ -95,8 +120,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sims_lens' has no attribute {name!r}; see sims_lens.__all__")
     module = import_module(f"sims_lens.{_HOME[name]}")
-    # functions and submodules of one name (capture, plots): the function wins, a plain submodule is itself
-    value = getattr(module, name, module)
+    value = module if name == "plots" else getattr(module, name)
     globals()[name] = value
     return value
 

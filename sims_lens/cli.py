@@ -29,7 +29,11 @@ class Demo:
     with --ranker vader) from unlabelled prompts, in about ten minutes on two cores."""
 
     ranker: str = "reading-ease"
-    """What the loop is to improve: reading-ease, vader, or package.module:function."""
+    """What the loop is to improve: reading-ease, vader, self (the model judges itself), or package.module:function."""
+    criterion: str = "more cheerful"
+    """What the model judges by, with --ranker self."""
+    evaluator: str | None = None
+    """A second ranker that the loop never learns from, reported beside the first; vader with --ranker self."""
     out: Path = Path("runs/demo")
     """The run directory; one that holds this run already is gone on with."""
     kind: str = "bridge"
@@ -46,7 +50,8 @@ class Demo:
         from sims_lens.prompts import everyday
 
         config = SIMSConfig(iterations=self.iterations, seed=self.seed)
-        return _improve("embedded", None, self.kind, everyday(DEMO_PROMPTS), self.ranker, config, self.out)
+        judges = _Judges(self.ranker, self.criterion, self.evaluator or ("vader" if self.ranker == "self" else None))
+        return _improve("embedded", None, self.kind, everyday(DEMO_PROMPTS), judges, config, self.out)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,11 @@ class Improve:
     kind: str | None = None
     """hooked or bridge; by default HookedTransformer where the installed TransformerLens has it."""
     ranker: str = "reading-ease"
-    """reading-ease, vader, or package.module:function for one of your own."""
+    """reading-ease, vader, self (the model judges itself), or package.module:function for one of your own."""
+    criterion: str = "more helpful"
+    """What the model judges by, with --ranker self."""
+    evaluator: str | None = None
+    """A second ranker that the loop never learns from, reported beside the first."""
     out: Path = Path("runs/improve")
     """The run directory; one that holds this run already is gone on with."""
     config: Annotated[SIMSConfig, arg(name="")] = field(default_factory=SIMSConfig)
@@ -74,7 +83,8 @@ class Improve:
         from sims_lens.prompts import read_prompts
 
         prompts = read_prompts(self.prompts)
-        return _improve(self.model, self.revision, self.kind, prompts, self.ranker, self.config, self.out)
+        judges = _Judges(self.ranker, self.criterion, self.evaluator)
+        return _improve(self.model, self.revision, self.kind, prompts, judges, self.config, self.out)
 
 
 @dataclass(frozen=True)
@@ -157,19 +167,34 @@ class Report:
 COMMANDS: dict[str, Callable[..., Any]] = {"demo": Demo, "improve": Improve, "generate": Generate, "report": Report}
 
 
+@dataclass(frozen=True)
+class _Judges:
+    """The rankers that were asked for, by name."""
+
+    ranker: str
+    criterion: str
+    evaluator: str | None
+
+    def load(self) -> tuple[object, object | None]:
+        """The ranker and the evaluator."""
+        from sims_lens.rankers import get_ranker
+        from sims_lens.rankers.self_judge import SelfJudge
+
+        ranker = SelfJudge(self.criterion) if self.ranker == "self" else get_ranker(self.ranker)
+        return ranker, None if self.evaluator is None else get_ranker(self.evaluator)
+
+
 def _improve(
     model: str,
     revision: str | None,
     kind: str | None,
     prompts: Sequence[str],
-    ranker: str,
+    judges: _Judges,
     config: SIMSConfig,
     out: Path,
 ) -> dict[str, Any]:
-    """What ``demo`` and ``improve`` share. The ranker is looked up first: it is the cheapest thing to get wrong."""
-    from sims_lens.rankers import get_ranker
-
-    chosen = get_ranker(ranker)
+    """What ``demo`` and ``improve`` share. The rankers are looked up first: they are the cheapest to get wrong."""
+    ranker, evaluator = judges.load()
     print(f"loading {model} ...", file=sys.stderr, flush=True)
     from sims_lens.loop import improve
     from sims_lens.models import load
@@ -178,7 +203,7 @@ def _improve(
     loaded = load(model, revision=revision, kind=kind)
     if (out / "run.json").is_file():
         print(f"{out} holds this run already: going on where it stopped", file=sys.stderr)
-    run = improve(loaded, prompts, ranker=chosen, config=config, out=out)
+    run = improve(loaded, prompts, ranker=ranker, evaluator=evaluator, config=config, out=out)
     print(run)
     print(f"\n{examples(run)}\n")
     print(f"report: {write_report(run)}")

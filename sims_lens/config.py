@@ -16,6 +16,10 @@ from sims_lens.scope import TokenScope
 from sims_lens.sites import check_site
 
 Compose = Literal["accumulate", "replace"]
+Allocation = Literal["equal", "spread"]
+AuditPolicy = Literal["stop", "report", "off"]
+LengthControl = Literal["report", "match", "regress"]
+Policy = Literal["all", "top_margin", "stratified", "recency", "random"]
 
 
 def _positive_int(name: str, value: Any, low: int = 1) -> None:
@@ -35,6 +39,8 @@ class SamplingConfig:
 
     Args:
         responses: K, responses to each training prompt in each iteration.
+        allocation: "equal", K to each prompt; or "spread", from the second iteration on the same number in all, more
+            where a prompt's scores have spread further so far.
         max_new_tokens: longest response.
         temperature: divides the logits.
         top_k: only the k most probable tokens; None for all.
@@ -43,6 +49,7 @@ class SamplingConfig:
     """
 
     responses: int = 4
+    allocation: str = "equal"
     max_new_tokens: int = 40
     temperature: float = 0.8
     top_k: int | None = 50
@@ -51,6 +58,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _positive_int("responses (K)", self.responses, low=2)
+        if self.allocation not in get_args(Allocation):
+            raise ConfigError(f"allocation must be one of {', '.join(get_args(Allocation))}, got {self.allocation!r}")
         _positive_int("max_new_tokens", self.max_new_tokens)
         _positive_int("batch_rows", self.batch_rows)
         _number("temperature", self.temperature, 0.0, open_low=True)
@@ -60,17 +69,58 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class RankingConfig:
+    """How the ranker is watched.
+
+    Args:
+        audit: what happens when an audit of the ranker, before anything is learnt, finds it no better than chance:
+            "stop" with the reason, or "report" it and go on; "off" asks nothing.
+        audit_prompts: training prompts whose first responses the audit uses.
+    """
+
+    audit: str = "stop"
+    audit_prompts: int = 16
+
+    def __post_init__(self) -> None:
+        if self.audit not in get_args(AuditPolicy):
+            raise ConfigError(f"audit must be one of {', '.join(get_args(AuditPolicy))}, got {self.audit!r}")
+        _positive_int("audit_prompts", self.audit_prompts, low=2)
+
+
+@dataclass(frozen=True)
 class ContrastConfig:
     """How pairs are made of ranked responses.
 
     Args:
+        memory: how many iterations the pairs may come from: 1, only the one at hand; None, all so far (contrast
+            sampling), so that the best response of one iteration may meet the worst of another.
+        policy: which pairs: "all"; or "top_margin", "stratified", "recency", "random" of a given ``size``.
+        size: pairs in all; None for every one.
+        per_prompt: pairs of one prompt, at most.
         min_margin: a prompt whose best and worst score differ by no more than this gives no pair (0 drops ties).
+        length: what is done about best and worst differing in length: "report", "match" or "regress".
     """
 
+    memory: int | None = 1
+    policy: str = "all"
+    size: int | None = None
+    per_prompt: int = 1
     min_margin: float = 0.0
+    length: str = "report"
 
     def __post_init__(self) -> None:
+        if self.memory is not None:
+            _positive_int("memory", self.memory)
+        if self.policy not in get_args(Policy):
+            raise ConfigError(f"policy must be one of {', '.join(get_args(Policy))}, got {self.policy!r}")
+        if self.size is not None:
+            _positive_int("size", self.size)
+            if self.policy == "all":
+                raise ConfigError(f"policy 'all' takes every pair; with size = {self.size} choose another policy")
+        _positive_int("per_prompt", self.per_prompt)
         _number("min_margin", self.min_margin, 0.0)
+        if self.length not in get_args(LengthControl):
+            raise ConfigError(f"length must be one of {', '.join(get_args(LengthControl))}, got {self.length!r}")
 
 
 @dataclass(frozen=True)
@@ -167,6 +217,7 @@ class SIMSConfig:
     iterations: int = 3
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ranking: RankingConfig = field(default_factory=RankingConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -15,6 +15,7 @@ class Sample:
         text: the tokens as text.
         ended: True where the model ended the response itself, False where the token limit did.
         score: what the ranker gave it, where it has been ranked.
+        independent: score of a second ranker that the loop never learns from, where there is one.
         nll: mean negative log-likelihood of its tokens under the unsteered model, nats per token, where measured.
         kl: mean over its positions of KL(steered || base), the divergence of the next-token distribution that it was
             drawn from from the unsteered model's, nats per token, where measured; 0 for the base model itself.
@@ -26,22 +27,33 @@ class Sample:
     text: str
     ended: bool
     score: float | None = None
+    independent: float | None = None
     nll: float | None = None
     kl: float | None = None
 
 
 @dataclass(frozen=True)
 class ContrastPair:
-    """The best and the worst response to one prompt.
+    """A better and a worse response to one prompt.
 
     Args:
         prompt: index of the prompt.
         best, worst: the two samples; ``best.score > worst.score``.
+        best_iteration, worst_iteration: in which iteration each was drawn, that is, under the plan *before* it; 0
+            where the pair is not from a memory bank and both are of the iteration at hand. ``draw`` counts within an
+            iteration.
     """
 
     prompt: int
     best: Sample
     worst: Sample
+    best_iteration: int = 0
+    worst_iteration: int = 0
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the two were drawn in different iterations, and so under different plans."""
+        return self.best_iteration != self.worst_iteration
 
     @property
     def margin(self) -> float:

@@ -29,5 +29,9 @@ class RankerError(SimsError, ValueError):
     """A ranker failed, or returned something that is not one finite score per response."""
 
 
+class BankError(SimsError, ValueError):
+    """A memory bank belongs to another model, ranker or set of prompts, or is damaged."""
+
+
 class RunError(SimsError, ValueError):
     """A run directory is damaged, holds another run, or has nothing to go on with."""

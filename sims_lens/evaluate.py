@@ -15,21 +15,38 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sims_lens.adapter import adapt
-from sims_lens.attach import steering
 from sims_lens.data import Sample, by_prompt
+from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.stats import Interval, bootstrap_mean, distinct_ratio, interval_from, win_probability
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One plan on the held-out prompts, each figure with its 95% interval clustered by prompt.
+class Effect:
+    """What a plan does to a ranker's scores.
 
     Args:
-        score: mean score of the ranker.
+        score: mean score.
         difference: mean score less that of the base model on the same prompts.
         win_rate: probability that a steered response scores higher than a base response to the same prompt, ties
             half.
+    """
+
+    score: Interval
+    difference: Interval
+    win_rate: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        """Each figure as ``[estimate, low, high]``."""
+        return {f.name: getattr(self, f.name).to_json() for f in fields(self) if f.name != "independent"}
+
+
+@dataclass(frozen=True)
+class Evaluation(Effect):
+    """One plan on the held-out prompts, each figure with its 95% interval clustered by prompt.
+
+    Args:
+        score, difference, win_rate: see :class:`Effect`; by the ranker that the loop learns from.
         nll: see :class:`sims_lens.data.Sample`.
         perplexity: exp of ``nll``.
         kl: see :class:`sims_lens.data.Sample`.
@@ -37,11 +54,9 @@ class Evaluation:
         repetition: share of a response's word 4-grams that stood in it before.
         length: tokens of a response.
         ended: share of responses that the model ended itself (EOS) within the limit.
+        independent: the effect by a second ranker that the loop never learns from, where there is one.
     """
 
-    score: Interval
-    difference: Interval
-    win_rate: Interval
     nll: Interval
     perplexity: Interval
     kl: Interval
@@ -49,15 +64,19 @@ class Evaluation:
     repetition: Interval
     length: Interval
     ended: Interval
+    independent: Effect | None = None
 
-    def to_json(self) -> dict[str, list[float]]:
-        """Each figure as ``[estimate, low, high]``."""
-        return {f.name: getattr(self, f.name).to_json() for f in fields(self)}
+    def to_json(self) -> dict[str, Any]:
+        """Each figure as ``[estimate, low, high]``, those of the independent ranker nested."""
+        return {**super().to_json(), "independent": self.independent.to_json() if self.independent else None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Evaluation":
         """The inverse of :meth:`to_json`."""
-        return cls(**{f.name: interval_from(data[f.name]) for f in fields(cls)})
+        own = {f.name: interval_from(data[f.name]) for f in fields(cls) if f.name != "independent"}
+        other = data.get("independent")
+        effect = Effect(**{name: interval_from(value) for name, value in other.items()}) if other else None
+        return cls(**own, independent=effect)
 
 
 def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0) -> Evaluation:
@@ -74,15 +93,14 @@ def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0
         per_prompt = [[v for s in group if (v := value(s)) is not None] for group in groups]
         return bootstrap_mean(np.array([np.mean(values) for values in per_prompt if values]), seed=seed)
 
-    scores = [np.array([s.score for s in group], dtype=float) for group in groups]
-    base_scores = [np.array([s.score for s in group], dtype=float) for group in base_groups]
-    differences = np.array([a.mean() - b.mean() for a, b in zip(scores, base_scores, strict=True)])
-    wins = np.array([win_probability(a, b) for a, b in zip(scores, base_scores, strict=True)])
     nll = over_prompts(lambda s: s.nll)
+    effect = _effect(groups, base_groups, lambda s: s.score, seed)
+    judged_twice = all(s.independent is not None for s in (*samples, *base))
     return Evaluation(
-        score=over_prompts(lambda s: s.score),
-        difference=bootstrap_mean(differences, seed=seed),
-        win_rate=bootstrap_mean(wins, seed=seed),
+        score=effect.score,
+        difference=effect.difference,
+        win_rate=effect.win_rate,
+        independent=_effect(groups, base_groups, lambda s: s.independent, seed) if judged_twice else None,
         nll=nll,
         perplexity=nll.map(math.exp),
         kl=over_prompts(lambda s: s.kl),
@@ -90,6 +108,22 @@ def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0
         repetition=over_prompts(lambda s: _repetition(s.text)),
         length=over_prompts(lambda s: len(s.tokens)),
         ended=over_prompts(lambda s: float(s.ended)),
+    )
+
+
+def _effect(
+    groups: Sequence[Sequence[Sample]],
+    base_groups: Sequence[Sequence[Sample]],
+    score: Callable[[Sample], float | None],
+    seed: int,
+) -> Effect:
+    ours = [np.array([score(s) for s in group], dtype=float) for group in groups]
+    theirs = [np.array([score(s) for s in group], dtype=float) for group in base_groups]
+    paired = list(zip(ours, theirs, strict=True))
+    return Effect(
+        score=bootstrap_mean(np.array([a.mean() for a in ours]), seed=seed),
+        difference=bootstrap_mean(np.array([a.mean() - b.mean() for a, b in paired]), seed=seed),
+        win_rate=bootstrap_mean(np.array([win_probability(a, b) for a, b in paired]), seed=seed),
     )
 
 
@@ -166,4 +200,4 @@ def _repetition(text: str) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-__all__ = ["Evaluation", "evaluate", "kl_divergence", "side_effects"]
+__all__ = ["Effect", "Evaluation", "evaluate", "kl_divergence", "side_effects"]

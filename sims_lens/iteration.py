@@ -13,7 +13,7 @@ dose grows with t, so a rise over iterations alone is no evidence for the method
 Replacing keeps the dose constant and throws away what earlier iterations found.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,16 +21,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.activations import capture
 from sims_lens.adapter import adapt
-from sims_lens.attach import steering
-from sims_lens.capture import capture
 from sims_lens.config import SIMSConfig, SteeringConfig
 from sims_lens.contrast import Contrast
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RunError
 from sims_lens.fit import mean_difference, shuffled_mean_differences, split_half_cosine, unit
+from sims_lens.hooks import steering
 from sims_lens.plan import Provenance, SteeringPlan
-from sims_lens.rankers import Ranker
+from sims_lens.rankers import CheckedRanker
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,21 +50,15 @@ class Fit:
     split_half: Float[Tensor, " layer"]
 
 
-def rank(
-    ranker: Ranker,
-    prompts: Sequence[str],
-    samples: Sequence[Sample],
-    *,
-    advance: Callable[[int], None] | None = None,
-) -> list[Sample]:
+def rank(ranker: CheckedRanker, prompts: Sequence[str], samples: Sequence[Sample]) -> list[Sample]:
     """The samples with the ranker's scores, ordered by prompt and draw."""
-    ranked: list[Sample] = []
-    for group in by_prompt(samples):
-        scores = ranker.rank(prompts[group[0].prompt], [s.text for s in group])
-        ranked += [replace(s, score=float(score)) for s, score in zip(group, scores, strict=True)]
-        if advance is not None:
-            advance(len(group))
-    return ranked
+    groups = by_prompt(samples)
+    scores = ranker.rank_all([(prompts[group[0].prompt], [s.text for s in group]) for group in groups])
+    return [
+        replace(sample, score=score)
+        for group, given in zip(groups, scores, strict=True)
+        for sample, score in zip(group, given, strict=True)
+    ]
 
 
 def fit_contrast(

@@ -5,8 +5,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,23 @@ import torch
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt
+from sims_lens.auditing import Audit, audit, audit_pairs, is_judge
+from sims_lens.bank import MemoryBank, diagnose, plan_digest, select_pairs
 from sims_lens.config import SIMSConfig
-from sims_lens.contrast import best_against_worst
-from sims_lens.data import Sample
-from sims_lens.errors import ConfigError, PromptError
+from sims_lens.data import ContrastPair, Sample, by_prompt
+from sims_lens.errors import ConfigError, PromptError, RankerError, RunError
 from sims_lens.evaluate import Evaluation, evaluate, side_effects
+from sims_lens.hooks import steering
 from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast, rank
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
-from sims_lens.rankers import Ranker, as_ranker
+from sims_lens.rankers import CachedRanker, CheckedRanker, as_ranker
 from sims_lens.run import Run, open_run
 from sims_lens.sampling import LocalSampler, Sampler
+from sims_lens.selection import allocate, shrunk_spread
 from sims_lens.sites import check_layer
-from sims_lens.store import Folder, RunStore, read_jsonl, write_jsonl
+from sims_lens.store import Folder, RunStore, write_jsonl
 
 
 def improve(
@@ -37,6 +40,7 @@ def improve(
     prompts: Sequence[str],
     *,
     ranker: object,
+    evaluator: object | None = None,
     config: SIMSConfig | None = None,
     out: str | Path | None = None,
     sampler: Sampler | None = None,
@@ -53,7 +57,8 @@ def improve(
         model: ``HookedTransformer`` or ``TransformerBridge``.
         prompts: unlabelled prompts, at least about 20; they are split by ``config.evaluation``.
         ranker: ``f(prompt, responses) -> scores`` (higher is better), an object with ``rank``, or a reward function
-            ``f(prompts=, completions=)``.
+            ``f(prompts=, completions=)``. One that has ``bind``, as ``SelfJudge``, is bound to the model.
+        evaluator: a second ranker that the loop never learns from, reported beside the first on held-out prompts.
         config: the choices; the defaults are reasoned in ``docs/results.md``.
         out: the run directory. One that holds the same run is gone on with after its last finished step; None makes
             a temporary one, named in ``run.path``.
@@ -75,7 +80,8 @@ def improve(
     """
     config = config or SIMSConfig()
     adapter = adapt(model)
-    checked = as_ranker(ranker)
+    checked = bound_ranker(ranker, model)
+    second = None if evaluator is None else bound_ranker(evaluator, model)
     texts = check_prompts(prompts)
     check_config(adapter, config)
     check_lengths(adapter, texts, config.sampling.max_new_tokens)
@@ -86,14 +92,31 @@ def improve(
             "config": config.to_json(),
             "model": asdict(adapter.provenance),
             "ranker": checked.name,
+            "evaluator": second.name if second else "",
             "versions": _versions(adapter),
         },
         [{"prompt": text, "split": name} for text, name in zip(texts, split, strict=True)],
     )
-    loop = _Loop(model, texts, split, checked, config, store, sampler or LocalSampler(model, config.sampling))
+    if is_judge(checked) and not getattr(checked, "steered", False):
+        # An opinion costs tokens or money: a run that goes on never asks for it twice.
+        checked = as_ranker(CachedRanker(checked, store.path / "verdicts"))
+    engine = sampler or LocalSampler(model, config.sampling)
+    loop = _Loop(model, texts, split, checked, second, config, store, engine)
     with Progress(loop.total(), show=progress) as bar:
         loop.run(bar)
     return open_run(store.path)
+
+
+def bound_ranker(ranker: object, model: Any) -> CheckedRanker:
+    """The ranker with checked scores; one that judges with a model is given this one."""
+    bind = getattr(ranker, "bind", None)
+    return as_ranker(bind(model) if callable(bind) else ranker)
+
+
+def compares(ranker: CheckedRanker) -> bool:
+    """Whether a ranker's scores hold only among the responses that it saw together, as those of a tournament do."""
+    pointwise = getattr(ranker, "pointwise", None)
+    return hasattr(ranker, "matrix") if pointwise is None else not pointwise
 
 
 def split_prompts(count: int, config: SIMSConfig) -> tuple[str, ...]:
@@ -151,13 +174,29 @@ def derive_seed(seed: int, *labels: object) -> int:
 
 
 @dataclass
+class _Memory:
+    """What an iteration knows of those before it; made anew from the disk when a run goes on."""
+
+    bank: MemoryBank = field(default_factory=MemoryBank)
+    samples: list[Sample] = field(default_factory=list)
+    pairs: tuple[ContrastPair, ...] = ()
+
+    def recent(self, t: int, iterations: int | None) -> MemoryBank:
+        """The bank without what is older than ``iterations`` turns."""
+        oldest = 1 if iterations is None else t - iterations + 1
+        kept = tuple(entry for entry in self.bank.entries if entry.iteration >= oldest)
+        return replace(self.bank, entries=kept)
+
+
+@dataclass
 class _Loop:
     """What every step of a run needs, and the steps."""
 
     model: Any
     prompts: tuple[str, ...]
     split: tuple[str, ...]
-    ranker: Ranker
+    ranker: CheckedRanker
+    evaluator: CheckedRanker | None
     config: SIMSConfig
     store: RunStore
     sampler: Sampler
@@ -165,6 +204,7 @@ class _Loop:
     def __post_init__(self) -> None:
         self.adapter = adapt(self.model)
         self.bar = Progress(0, show=False)
+        self._drawn: set[tuple[Path, str]] = set()
 
     def indices(self, split: str) -> list[int]:
         return [i for i, name in enumerate(self.split) if name == split]
@@ -188,20 +228,22 @@ class _Loop:
 
     def run(self, bar: Progress) -> None:
         self.bar = bar
+        self.audit()
         base = self.base()
         plan, directions, shuffled = NOTHING, [], []
         norms = torch.empty(0)
         layers: list[int] = []
+        memory = _Memory()
         for t in range(1, self.config.iterations + 1):
             folder = self.store.iteration(t)
-            fitted, dropped = self.learn(folder, t, plan)
+            fitted, pairs = self.learn(folder, t, plan, memory)
             directions.append(fitted["mean_difference"])
             shuffled.append(fitted["shuffled"])
             if t == 1:
                 norms = fitted["median_norm"]
                 layers = self.choose(directions[0], norms)
             plan = compose(directions, layers, norms, self.config, self._provenance(f"improve, iteration {t}"))
-            self.finish(folder, t, plan, base, dropped)
+            self.finish(folder, t, plan, base, pairs)
         self.control(plan, shuffled, norms, base)
 
     # The steps. Each reads what is on the disk already and computes the rest.
@@ -215,24 +257,98 @@ class _Loop:
         self.evaluated(folder, "metrics", lambda: {"evaluation": evaluate(heldout, heldout).to_json()})
         return heldout
 
-    def learn(self, folder: Folder, t: int, plan: SteeringPlan) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Sample, rank, contrast, capture and fit."""
-        name = f"iteration {t}/{self.config.iterations}"
+    def audit(self) -> None:
+        """Ask whether the ranker can be trusted, on the first responses that it will have to rank."""
+        wanted = self.config.ranking
+        if wanted.audit == "off":
+            return
+        folder = self.store.folder("audit")
+
+        def make() -> dict[str, Any]:
+            responses = self.drawn(self.store.iteration(1), 1, NOTHING, self.config.sampling.responses)
+            groups = [group for group in by_prompt(responses) if len({s.text for s in group}) > 1]
+            if not groups:
+                raise RunError(
+                    "every response to a prompt is the same text: there is nothing to rank; raise temperature"
+                )
+            groups = groups[: wanted.audit_prompts]
+            self.bar.phase(f"auditing {self.ranker.name} on {len(groups)} prompts")
+            with self.spending(folder, "audit"):
+                found = audit(
+                    self.ranker,
+                    [self.prompts[group[0].prompt] for group in groups],
+                    [[s.text for s in group] for group in groups],
+                    seed=self.config.seed,
+                )
+            return found.to_json()
+
+        found = Audit.from_json(folder.json("audit", make))
+        if not folder.complete:
+            folder.finish()
+        if found.verdict == "no better than chance" and wanted.audit == "stop":
+            raise RankerError(
+                f"the ranker {self.ranker.name!r} is no better than chance: {found.reason}. The loop would learn "
+                f'noise; mend the ranker, or set RankingConfig(audit="report") to go on all the same'
+            )
+
+    def drawn(self, folder: Folder, t: int, plan: SteeringPlan, n: int | Mapping[int, int]) -> list[Sample]:
+        """The training responses of an iteration, not ranked yet where they are needed before that."""
+        if (folder.path / "samples.jsonl").is_file():
+            return folder.read_samples("samples")
         seed = derive_seed(self.config.seed, "train", t)
-        samples = self.ranked(folder, "samples", "train", plan, n=self.config.sampling.responses, seed=seed, what=name)
-        contrast = best_against_worst(samples, min_margin=self.config.contrast.min_margin)
-        pairs = folder.path / "pairs.jsonl"
-        if not pairs.is_file():
+        what = f"iteration {t}/{self.config.iterations}"
+        return self.responses(folder, "samples", "train", plan, n=n, seed=seed, what=what)
+
+    def learn(
+        self, folder: Folder, t: int, plan: SteeringPlan, memory: "_Memory"
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Sample, rank, contrast, capture and fit; also says which pairs it learnt from."""
+        config, name = self.config, f"iteration {t}/{self.config.iterations}"
+        seed = derive_seed(config.seed, "train", t)
+        n: int | dict[int, int] = config.sampling.responses
+        if config.sampling.allocation == "spread" and t > 1:
+            n = allocate(shrunk_spread(memory.samples), budget=config.sampling.responses * len(self.indices("train")))
+        judging = steering(self.model, plan) if getattr(self.ranker, "steered", False) else nullcontext()
+        samples = self.ranked(folder, "samples", "train", plan, n=n, seed=seed, what=name, judging=judging)
+        memory.samples += samples
+        memory.bank = memory.bank.add(samples, iteration=t, plan=plan_digest(plan))
+        bank = memory.recent(t, config.contrast.memory)
+        if len({e.iteration for e in bank.entries}) > 1 and compares(self.ranker):
+            bank = self.reranked(folder, bank, name)
+        contrast = select_pairs(
+            bank,
+            policy=config.contrast.policy,
+            size=config.contrast.size,
+            per_prompt=config.contrast.per_prompt,
+            min_margin=config.contrast.min_margin,
+            length=config.contrast.length,
+            seed=derive_seed(config.seed, "pairs", t),
+        )
+        about = diagnose(contrast.pairs, iteration=t, previous=memory.pairs)
+        memory.pairs = contrast.pairs
+        if not (folder.path / "pairs.jsonl").is_file():
             rows = [
-                {"prompt": p.prompt, "best": p.best.draw, "worst": p.worst.draw, "margin": p.margin}
+                {
+                    "prompt": p.prompt,
+                    "best": p.best.draw,
+                    "best_iteration": p.best_iteration,
+                    "worst": p.worst.draw,
+                    "worst_iteration": p.worst_iteration,
+                    "margin": p.margin,
+                }
                 for p in contrast.pairs
             ]
-            write_jsonl(pairs, rows)
+            write_jsonl(folder.path / "pairs.jsonl", rows)
+
+        def asked_again() -> dict[str, Any]:
+            self.bar.phase(f"{name}: auditing {self.ranker.name} on {len(contrast.pairs)} pairs")
+            with self.spending(folder, "audit"):
+                return audit_pairs(self.ranker, self.prompts, contrast.pairs).to_json()
 
         def make() -> Mapping[str, Tensor]:
-            self.bar.phase(f"{name}: capturing {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
+            self.bar.phase(f"{name}: reading {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
             with self.spending(folder, "capture") as cost:
-                fit = fit_contrast(self.model, self.prompts, contrast, plan, self.config, seed=seed)
+                fit = fit_contrast(self.model, self.prompts, contrast, plan, config, seed=seed)
                 cost["prefill"] = sum(
                     len(self.adapter.encode(self.prompts[p.prompt])) + len(s.tokens)
                     for p in contrast.pairs
@@ -240,7 +356,28 @@ class _Loop:
                 )
             return asdict(fit)
 
-        return folder.tensors("vectors", make), contrast.dropped
+        audited = folder.json("audit", asked_again) if config.ranking.audit != "off" and contrast.pairs else None
+        figures = {"diagnostics": about.to_json(), "dropped": contrast.dropped, "audit": audited}
+        return folder.tensors("vectors", make), figures
+
+    def reranked(self, folder: Folder, bank: MemoryBank, name: str) -> MemoryBank:
+        """A bank whose responses of all iterations were ranked together: a judge that compares responses with each
+        other gives scores that hold only among those which it saw."""
+        groups = bank.by_prompt()
+
+        def make() -> list[list[float]]:
+            self.bar.phase(f"{name}: ranking {len(bank)} responses of all iterations")
+            with self.spending(folder, "rank"):
+                asked = [(self.prompts[i], [e.sample.text for e in entries]) for i, entries in groups.items()]
+                return [list(scores) for scores in self.ranker.rank_all(asked)]
+
+        scores = folder.json("bank_scores", make)
+        found = {
+            id(entry): score
+            for entries, given in zip(groups.values(), scores, strict=True)
+            for entry, score in zip(entries, given, strict=True)
+        }
+        return bank.rescored([found[id(entry)] for entry in bank.entries])
 
     def choose(self, direction: Tensor, norms: Tensor) -> list[int]:
         """The layers to steer: those given, or the best of the candidates on the validation prompts."""
@@ -265,26 +402,14 @@ class _Loop:
         )
         return [chosen]
 
-    def finish(
-        self, folder: Folder, t: int, plan: SteeringPlan, base: list[Sample], dropped: Mapping[str, int]
-    ) -> None:
+    def finish(self, folder: Folder, t: int, plan: SteeringPlan, base: list[Sample], pairs: Mapping[str, Any]) -> None:
         """Save the plan of an iteration and measure it on the held-out prompts."""
         file = folder.path / "plan.safetensors"
         if not file.is_file():
             plan.save(file)
         what = f"iteration {t}/{self.config.iterations}, held-out prompts"
         samples = self.measure(folder, "heldout", "heldout", plan, what)
-        margins = [row["margin"] for row in read_jsonl(folder.path / "pairs.jsonl")]
-        self.evaluated(
-            folder,
-            "metrics",
-            lambda: {
-                "evaluation": evaluate(samples, base).to_json(),
-                "pairs": len(margins),
-                "dropped": dict(dropped),
-                "margin": float(np.mean(margins)),
-            },
-        )
+        self.evaluated(folder, "metrics", lambda: {"evaluation": evaluate(samples, base).to_json(), **pairs})
 
     def control(self, plan: SteeringPlan, shuffled: Sequence[Tensor], norms: Tensor, base: list[Sample]) -> None:
         """Measure the norm-matched shuffled-label controls of the last plan."""
@@ -303,32 +428,59 @@ class _Loop:
 
     # What the steps are made of
 
-    def ranked(
-        self, folder: Folder, name: str, split: str, plan: SteeringPlan, *, n: int, seed: int, what: str
+    def responses(
+        self,
+        folder: Folder,
+        name: str,
+        split: str,
+        plan: SteeringPlan,
+        *,
+        n: int | Mapping[int, int],
+        seed: int,
+        what: str,
     ) -> list[Sample]:
-        """Scored samples of a split. Responses are on the disk before they are ranked, so that a ranker which fails
-        loses none."""
-        indices = self.indices(split)
-        read = (folder.path / f"{name}.jsonl").is_file() or (folder.path / f"{name}.responses.jsonl").is_file()
-        if read:
-            self.bar.advance(len(indices) * n)
+        """Responses to a split. They are on the disk before they are ranked: a ranker that fails loses none."""
+        groups: dict[int, list[int]] = {}
+        for index in self.indices(split):
+            groups.setdefault(n if isinstance(n, int) else n[index], []).append(index)
 
         def draw() -> Iterator[Sample]:
             self.bar.phase(f"{what}: sampling")
+            self._drawn.add((folder.final, name))
             before = replace(self.sampler.count)
             with self.spending(folder, "sample") as cost:
-                texts = [self.prompts[i] for i in indices]
-                for sample in self.sampler.sample(texts, n=n, plan=plan, seed=seed):
-                    self.bar.advance(1)
-                    yield replace(sample, prompt=indices[sample.prompt])
+                for count, indices in sorted(groups.items()):
+                    texts = [self.prompts[i] for i in indices]
+                    for sample in self.sampler.sample(texts, n=count, plan=plan, seed=seed):
+                        self.bar.advance(1)
+                        yield replace(sample, prompt=indices[sample.prompt])
                 cost["prefill"] = self.sampler.count.prefill - before.prefill
                 cost["decode"] = self.sampler.count.decode - before.decode
 
+        return folder.samples(f"{name}.responses", draw)
+
+    def ranked(
+        self,
+        folder: Folder,
+        name: str,
+        split: str,
+        plan: SteeringPlan,
+        *,
+        n: int | Mapping[int, int],
+        seed: int,
+        what: str,
+        judging: AbstractContextManager[Any] | None = None,
+    ) -> list[Sample]:
+        """Scored samples of a split."""
+        there = any((folder.path / f"{name}{end}").is_file() for end in (".jsonl", ".responses.jsonl"))
+        if there and (folder.final, name) not in self._drawn:
+            self.bar.advance(len(self.indices(split)) * n if isinstance(n, int) else sum(n.values()))
+
         def score() -> list[Sample]:
-            responses = folder.samples(f"{name}.responses", draw)
+            drawn = self.responses(folder, name, split, plan, n=n, seed=seed, what=what)
             self.bar.phase(f"{what}: ranking with {self.ranker.name}")
-            with self.spending(folder, "rank"):
-                return rank(self.ranker, self.prompts, responses)
+            with self.spending(folder, "rank"), judging or nullcontext():
+                return rank(self.ranker, self.prompts, drawn)
 
         samples = folder.samples(name, score)
         folder.remove(f"{name}.responses.jsonl")
@@ -357,7 +509,14 @@ class _Loop:
                     sum(len(self.adapter.encode(self.prompts[i])) for i in prompts) + sum(len(s.tokens) for s in first)
                 )
             found = {(s.prompt, s.draw): s for s in measured}
-            return [found.get((s.prompt, s.draw), s) for s in scored]
+            whole = [found.get((s.prompt, s.draw), s) for s in scored]
+            if self.evaluator is None:
+                return whole
+            self.bar.phase(f"{what}: judging with {self.evaluator.name}")
+            with self.spending(folder, "evaluator"):
+                second = rank(self.evaluator, self.prompts, whole)
+            judged = {(s.prompt, s.draw): s.score for s in second}
+            return [replace(s, independent=judged[s.prompt, s.draw]) for s in whole]
 
         if (folder.path / f"{name}.jsonl").is_file():
             self.bar.advance(len(self.indices(split)) * self.config.evaluation.samples)

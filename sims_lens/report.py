@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
 from sims_lens.evaluate import Evaluation
-from sims_lens.run import TABLE_HEAD, Run, open_run, table_cells
+from sims_lens.run import Run, open_run
 from sims_lens.store import RunStore, write_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def _sections(run: Run, figures: "dict[str, go.Figure]") -> Iterator[str]:
 
     yield _heading(run)
     yield "<h2>What was learnt</h2>"
-    yield _table(TABLE_HEAD, table_cells(run.rows()))
+    head, *rows = run.cells()
+    yield _table(head, rows)
     yield (
         '<p class="note">Means over held-out prompts; brackets are 95% intervals over prompts. <em>Difference</em> is '
         "the mean score less the base model’s on the same prompts, <em>win rate</em> the chance that a steered "
@@ -243,7 +244,7 @@ def _pairs(run: Run) -> Iterator[str]:
     yield _table(
         ("iteration", "pairs", *(f"dropped: {reason}" for reason in reasons), "mean margin (ranker’s units)"),
         [
-            (str(i.index), str(i.pairs), *(str(i.dropped.get(reason, 0)) for reason in reasons), f"{i.margin:.3g}")
+            (str(i.index), str(i.pairs.pairs), *(str(i.dropped.get(r, 0)) for r in reasons), f"{i.pairs.margin:.3g}")
             for i in run.iterations
         ],
     )

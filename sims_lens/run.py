@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.auditing import Audit, PairAudit
+from sims_lens.bank import PairDiagnostics
 from sims_lens.config import SIMSConfig
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
-from sims_lens.evaluate import Evaluation
+from sims_lens.evaluate import Effect, Evaluation
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.stats import Interval
 from sims_lens.store import RunStore, read_json, read_jsonl, read_tensors
@@ -30,18 +32,18 @@ class Iteration:
         index: counted from 1.
         plan: what the model is steered with after it.
         evaluation: of that plan on the held-out prompts, against the base model.
-        pairs: how many contrast pairs were fitted.
+        pairs: how many contrast pairs were fitted, their margins, turnover, and length gap.
         dropped: how many prompts gave no pair, by reason.
-        margin: mean margin of the pairs, in the ranker's units.
+        audit: what the ranker says when it is asked about the pairs again; None where it was not.
         path: its folder.
     """
 
     index: int
     plan: SteeringPlan
     evaluation: Evaluation
-    pairs: int
+    pairs: PairDiagnostics
     dropped: dict[str, int]
-    margin: float
+    audit: PairAudit | None
     path: Path = field(repr=False)
 
     @cached_property
@@ -64,12 +66,14 @@ class Run:
         path: its directory.
         config: the choices that made it.
         model: the model that it was made on.
-        ranker: the name of the ranker.
+        ranker: the name of the ranker that the loop learnt from.
+        evaluator: the name of the independent ranker, "" where there was none.
         prompts: every prompt.
         split: "train", "validation" or "heldout" for each prompt.
         base: the unsteered model on the held-out prompts.
         iterations: the finished ones.
         controls: norm-matched shuffled-label plans on the held-out prompts; empty until the run is complete.
+        audit: how far the ranker can be trusted, by the first responses; None where it was not asked.
         choice: for each layer that "auto" tried, its evaluation on the validation prompts; empty otherwise.
         cost: seconds and tokens by phase.
     """
@@ -78,11 +82,13 @@ class Run:
     config: SIMSConfig
     model: Provenance
     ranker: str
+    evaluator: str
     prompts: tuple[str, ...] = field(repr=False)
     split: tuple[str, ...] = field(repr=False)
     base: Evaluation
     iterations: tuple[Iteration, ...]
     controls: tuple[Evaluation, ...]
+    audit: Audit | None
     choice: dict[int, Evaluation]
     cost: dict[str, dict[str, float]]
 
@@ -137,15 +143,15 @@ class Run:
         import pandas as pd
 
         rows = []
-        for name, evaluation in self.rows():
-            row: dict[str, Any] = {"plan": name}
+        for plan, evaluation in self.rows():
+            row: dict[str, Any] = {"plan": plan}
             for f in fields(Evaluation):
-                interval: Interval = getattr(evaluation, f.name)
-                row |= {
-                    f.name: interval.estimate,
-                    f"{f.name}_low": interval.low,
-                    f"{f.name}_high": interval.high,
-                }
+                value = getattr(evaluation, f.name)
+                parts = {f.name: value} if isinstance(value, Interval) else {}
+                if isinstance(value, Effect):
+                    parts = {f"{f.name}_{g.name}": getattr(value, g.name) for g in fields(Effect)}
+                for name, interval in parts.items():
+                    row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
             rows.append(row)
         return pd.DataFrame(rows).set_index("plan")
 
@@ -156,6 +162,32 @@ class Run:
             *((f"iteration {i.index}", i.evaluation) for i in self.iterations),
             *((f"shuffled {k}", control) for k, control in enumerate(self.controls, start=1)),
         ]
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text: its head, then a row for each of :meth:`rows`."""
+        twice = bool(self.evaluator)
+        head = ["held-out prompts", "score", "difference [95%]", "win rate [95%]"]
+        head += [f"{self.evaluator} difference", f"{self.evaluator} win rate"] if twice else []
+        head += ["NLL", "KL", "distinct-2", "repeated", "length", "EOS"]
+        cells = [tuple(head)]
+        for name, e in self.rows():
+            base = name == "base"
+            effects: list[Effect] = [e, *([e.independent] if twice and e.independent else [])]
+            row = [name, f"{e.score.estimate:.3g}"]
+            for effect in effects:
+                d, w = effect.difference, effect.win_rate
+                row += (
+                    ["", ""]
+                    if base
+                    else [
+                        f"{d.estimate:+.3g} [{d.low:+.3g}, {d.high:+.3g}]",
+                        f"{w.estimate:.3f} [{w.low:.3f}, {w.high:.3f}]",
+                    ]
+                )
+            row += [f"{e.nll.estimate:.2f}", "" if base else f"{e.kl.estimate:.2f}", f"{e.distinct_2.estimate:.2f}"]
+            row += [f"{e.repetition.estimate:.3f}", f"{e.length.estimate:.1f}", f"{100 * e.ended.estimate:.0f}%"]
+            cells.append(tuple(row))
+        return cells
 
     def verdict(self) -> str:
         """What was learnt, in one or two plain sentences."""
@@ -176,7 +208,18 @@ class Run:
         relation = "lies above" if self.beats_controls else "does NOT lie above"
         return (
             f"{text} Its effect, {effect:+.3g}, {relation} that of all {len(self.controls)} shuffled-label controls of "
-            f"the same norm (largest {strongest:+.3g})."
+            f"the same norm (largest {strongest:+.3g}).{self._independent_verdict()}"
+        )
+
+    def _independent_verdict(self) -> str:
+        last = self.iterations[-1].evaluation.independent
+        if last is None:
+            return ""
+        strongest = max(c.independent.difference.estimate for c in self.controls if c.independent)
+        return (
+            f" By {self.evaluator}, which the loop never saw, the effect is {last.difference.estimate:+.3g} "
+            f"[{last.difference.low:+.3g}, {last.difference.high:+.3g}] and the win rate {last.win_rate}; the largest "
+            f"control there is {strongest:+.3g}."
         )
 
     def __repr__(self) -> str:
@@ -184,24 +227,26 @@ class Run:
         layers = ", ".join(str(layer) for layer in self.plan.layers) if self.iterations else "none yet"
         lines = [
             f"Run at {self.path} ({'complete' if self.complete else 'not finished'})",
-            f"  {self.model.model}, ranker {self.ranker}, seed {self.config.seed}",
+            f"  {self.model.model}, ranker {self.ranker}, seed {self.config.seed}"
+            + (f", judged independently by {self.evaluator}" if self.evaluator else ""),
             f"  prompts: {counts['train']} training, {counts['validation']} validation, {counts['heldout']} held-out",
             f"  steered: layer {layers}, {self.config.steering.site}, {self.config.steering.compose}, total strength "
             f"{self.config.steering.strength:g} x median residual norm",
             "",
-            table_text(self.rows()),
+            table_text(self.cells()),
             "",
             f"  {self.verdict()}",
+            *([f"  Audit of {self.ranker}: {self.audit.verdict} ({self.audit.reason})."] if self.audit else []),
             f"  {cost_text(self.cost)}",
         ]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        titles, *body = self.cells()
         rows = "".join(
-            "<tr><td>" + "</td><td>".join(html.escape(cell) for cell in cells) + "</td></tr>"
-            for cells in table_cells(self.rows())
+            "<tr><td>" + "</td><td>".join(html.escape(cell) for cell in cells) + "</td></tr>" for cells in body
         )
-        head = "".join(f"<th>{html.escape(title)}</th>" for title in TABLE_HEAD)
+        head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
         return (
             f"<p><b>Run</b> at <code>{html.escape(str(self.path))}</code><br>{html.escape(self.model.model)}, ranker "
             f"{html.escape(self.ranker)}, seed {self.config.seed}</p>"
@@ -210,46 +255,9 @@ class Run:
         )
 
 
-TABLE_HEAD = (
-    "held-out prompts",
-    "score",
-    "difference [95%]",
-    "win rate [95%]",
-    "NLL",
-    "KL",
-    "distinct-2",
-    "repeated",
-    "length",
-    "EOS",
-)
-
-
-def table_cells(rows: Sequence[tuple[str, Evaluation]]) -> list[tuple[str, ...]]:
-    """The rows of a run's table as text, one tuple per plan, in the order of :data:`TABLE_HEAD`."""
-    cells: list[tuple[str, ...]] = []
-    for name, e in rows:
-        base = name == "base"
-        cells.append(
-            (
-                name,
-                f"{e.score.estimate:.3g}",
-                "" if base else f"{e.difference.estimate:+.3g} [{e.difference.low:+.3g}, {e.difference.high:+.3g}]",
-                "" if base else f"{e.win_rate.estimate:.3f} [{e.win_rate.low:.3f}, {e.win_rate.high:.3f}]",
-                f"{e.nll.estimate:.2f}",
-                "" if base else f"{e.kl.estimate:.2f}",
-                f"{e.distinct_2.estimate:.2f}",
-                f"{e.repetition.estimate:.3f}",
-                f"{e.length.estimate:.1f}",
-                f"{100 * e.ended.estimate:.0f}%",
-            )
-        )
-    return cells
-
-
-def table_text(rows: Sequence[tuple[str, Evaluation]]) -> str:
+def table_text(cells: Sequence[Sequence[str]]) -> str:
     """A run's table for a terminal."""
-    cells = [TABLE_HEAD, *table_cells(rows)]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(TABLE_HEAD))]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
     lines = []
     for first, *others in cells:
         padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
@@ -288,14 +296,14 @@ def open_run(path: str | Path) -> Run:
                 index=len(iterations) + 1,
                 plan=SteeringPlan.load(folder.path / "plan.safetensors"),
                 evaluation=Evaluation.from_json(metrics["evaluation"]),
-                pairs=metrics["pairs"],
+                pairs=PairDiagnostics.from_json(metrics["diagnostics"]),
                 dropped=metrics["dropped"],
-                margin=metrics["margin"],
+                audit=PairAudit.from_json(metrics["audit"]) if metrics["audit"] else None,
                 path=folder.path,
             )
         )
-    controls, choice = store.folder("controls"), store.folder("choice")
-    folders = [base, choice, *(store.iteration(i.index) for i in iterations), controls]
+    controls, choice, audit = store.folder("controls"), store.folder("choice"), store.folder("audit")
+    folders = [audit, base, choice, *(store.iteration(i.index) for i in iterations), controls]
     cost: dict[str, dict[str, float]] = {}
     for folder in folders:
         for phase, spent in (
@@ -309,6 +317,7 @@ def open_run(path: str | Path) -> Run:
         config=config,
         model=Provenance(**header["model"]),
         ranker=header["ranker"],
+        evaluator=header.get("evaluator", ""),
         prompts=tuple(row["prompt"] for row in prompts),
         split=tuple(row["split"] for row in prompts),
         base=Evaluation.from_json(read_json(base.path / "metrics.json")["evaluation"]),
@@ -316,6 +325,7 @@ def open_run(path: str | Path) -> Run:
         controls=tuple(Evaluation.from_json(e) for e in read_json(controls.path / "metrics.json")["controls"])
         if controls.complete
         else (),
+        audit=Audit.from_json(read_json(audit.path / "audit.json")) if audit.complete else None,
         choice={
             int(layer): Evaluation.from_json(e)
             for layer, e in read_json(choice.path / "metrics.json")["layers"].items()

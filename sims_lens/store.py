@@ -103,7 +103,7 @@ def _sample(row: Any, file: Path) -> Sample:
             tokens=tuple(int(t) for t in row["tokens"]),
             text=str(row["text"]),
             ended=bool(row["ended"]),
-            **{k: None if row[k] is None else float(row[k]) for k in ("score", "nll", "kl")},
+            **{k: None if row.get(k) is None else float(row[k]) for k in ("score", "independent", "nll", "kl")},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}: {error}); delete the file and resume") from error
@@ -223,7 +223,7 @@ class RunStore:
             write_json(self.path / "run.json", header)
             return
         found = self.header()
-        for key in ("config", "model", "ranker"):
+        for key in ("config", "model", "ranker", "evaluator"):
             if (old := found.get(key)) != json.loads(json.dumps(header[key])):
                 raise RunError(
                     f"{self.path} holds a run with another {key}: {_difference(old, header[key])}; "

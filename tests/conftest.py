@@ -1,7 +1,6 @@
 """Tiny models of every architecture and both kinds, made once; each test must give them back as it got them."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -23,7 +22,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Load:
     folder = tmp_path_factory.mktemp("tiny")
 
     def load(architecture: str, kind: str, **options: Any) -> Any:
-        checkpoint: Path = folder / f"tiny-{architecture}"
+        checkpoint = folder / f"tiny-{architecture}"
         if not checkpoint.exists():
             tiny.write(architecture, checkpoint)
         return sims.load(checkpoint, kind=kind, **options)
@@ -31,41 +30,49 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return load
 
 
-@pytest.fixture(scope="session")
-def zoo(fresh: Load) -> Load:
+class Zoo:
     """``zoo(architecture, kind)`` is a tiny model shared by the whole session: leave it as it was."""
-    shared: dict[tuple[str, str], Any] = {}
 
-    def get(architecture: str, kind: str) -> Any:
-        if (architecture, kind) not in shared:
-            new = shared[architecture, kind] = fresh(architecture, kind)
-            new.run_with_cache(torch.arange(8)[None])  # where TransformerLens and transformers keep things of their own
+    def __init__(self, fresh: Load) -> None:
+        self.fresh = fresh
+        self.models: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, architecture: str, kind: str) -> Any:
+        if (architecture, kind) not in self.models:
+            new = self.models[architecture, kind] = self.fresh(architecture, kind)
+            new.run_with_cache(torch.arange(8)[None])  # TransformerLens and transformers keep things of their own
             new.generate(torch.arange(8)[None], max_new_tokens=2, verbose=False)
-        return shared[architecture, kind]
+        return self.models[architecture, kind]
 
-    return get
+    def lend(self, architecture: str, kind: str) -> Iterator[Any]:
+        """The model, for a test that is made to fail if it has left anything on it."""
+        model = self(architecture, kind)
+        before = fingerprint(model)
+        yield model
+        if fingerprint(model) != before:
+            del self.models[architecture, kind]  # so that no other test fails for it
+            pytest.fail("the test has left something on the shared model")
 
 
-def untouched(model: Any) -> Iterator[Any]:
-    before = fingerprint(model)
-    yield model
-    assert fingerprint(model) == before, "the test has left something on the shared model"
+@pytest.fixture(scope="session")
+def zoo(fresh: Load) -> Zoo:
+    return Zoo(fresh)
 
 
 @pytest.fixture(params=[f"{name}-{kind}" for name in tiny.ARCHITECTURES for kind in KINDS])
-def model(request: pytest.FixtureRequest, zoo: Load) -> Iterator[Any]:
+def model(request: pytest.FixtureRequest, zoo: Zoo) -> Iterator[Any]:
     """Every architecture as every kind."""
-    yield from untouched(zoo(*request.param.split("-")))
+    yield from zoo.lend(*request.param.split("-"))
 
 
 @pytest.fixture(params=KINDS)
-def llama(request: pytest.FixtureRequest, zoo: Load) -> Iterator[Any]:
+def llama(request: pytest.FixtureRequest, zoo: Zoo) -> Iterator[Any]:
     """One architecture as every kind, where the architecture makes no difference."""
-    yield from untouched(zoo("llama", request.param))
+    yield from zoo.lend("llama", request.param)
 
 
 @pytest.fixture(params=tiny.ARCHITECTURES)
-def pair(request: pytest.FixtureRequest, zoo: Load) -> tuple[Any, Any]:
+def pair(request: pytest.FixtureRequest, zoo: Zoo) -> tuple[Any, Any]:
     """The same weights as both kinds."""
     if "hooked" not in KINDS:
         pytest.skip("TransformerLens 4 has no HookedTransformer")

@@ -1,7 +1,9 @@
 """The loop on tiny models of a real architecture: what it writes, that it repeats, resumes and refuses."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,7 @@ def test_scores_are_the_rankers_and_pairs_are_best_against_worst(run: sims.Run) 
         assert sample.score == pytest.approx(vowels("", [sample.text])[0])
         by_prompt.setdefault(sample.prompt, []).append(sample)
     rows = [json.loads(line) for line in (run.path / "iterations/01/pairs.jsonl").read_text().splitlines()]
-    assert len(rows) == run.iterations[0].pairs
+    assert len(rows) == run.iterations[0].pairs.pairs
     for row in rows:
         scores = {s.draw: s.score for s in by_prompt[row["prompt"]] if s.tokens}
         assert scores[row["best"]] == max(scores.values()) and scores[row["worst"]] == min(scores.values())
@@ -275,8 +277,103 @@ def test_bad_scores_are_refused_and_the_run_goes_on_later(
 
 
 def test_a_ranker_that_sees_no_difference_says_so(model: Any, tmp_path: Path) -> None:
+    def blind(prompt: str, responses: Sequence[str]) -> list[float]:
+        return [1.0] * len(responses)
+
+    with pytest.raises(RankerError, match="no better than chance: all responses .* the same score"):
+        improve(model, tmp_path / "stopped", blind)
+    go_on = config(ranking=sims.RankingConfig(audit="report"))
     with pytest.raises(RunError, match="0 contrast pairs .*'tie': 12"):
-        improve(model, tmp_path / "run", lambda prompt, responses: [1.0] * len(responses))
+        improve(model, tmp_path / "run", blind, config=go_on)
+
+
+def test_the_audit_stops_a_ranker_that_is_noise(model: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(prompt: str, responses: Sequence[str]) -> list[float]:
+        return torch.rand(len(responses), generator=generator).tolist()
+
+    with pytest.raises(RankerError, match="'noise' is no better than chance: .*when asked again"):
+        improve(model, tmp_path / "run", noise)
+    with pytest.raises(RankerError, match="no better than chance"):  # read from the disk, not asked again
+        improve(model, tmp_path / "run", noise)
+    unwatched = improve(model, tmp_path / "off", noise, config=config(ranking=sims.RankingConfig(audit="off")))
+    assert unwatched.audit is None and unwatched.iterations[0].audit is None and unwatched.complete
+
+
+def test_the_audit_is_kept_in_the_run(run: sims.Run) -> None:
+    assert run.audit is not None and run.audit.verdict == "usable" and run.audit.kind == "oracle"
+    for iteration in run.iterations:
+        assert iteration.audit is not None and iteration.audit.pairs == iteration.pairs.pairs
+    assert "Audit of vowels: usable" in repr(run)
+
+
+def test_contrast_sampling_pairs_across_iterations(model: Any, run: sims.Run, tmp_path: Path) -> None:
+    remembered = improve(model, tmp_path / "bank", config=config(contrast=sims.ContrastConfig(memory=None)))
+    first, second = remembered.iterations
+    assert torch.equal(first.vectors, run.iterations[0].vectors)  # one iteration: the same pairs
+    assert first.pairs.cross_share == 0 and second.pairs.cross_share > 0
+    assert second.pairs.margin > run.iterations[1].pairs.margin
+    scores = {
+        (t, s.prompt, s.draw): s.score for t in (1, 2) for s in remembered.samples(t, "train") if s.score is not None
+    }
+    rows = [json.loads(line) for line in (tmp_path / "bank/iterations/02/pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        best = scores[row["best_iteration"], row["prompt"], row["best"]]
+        worst = scores[row["worst_iteration"], row["prompt"], row["worst"]]
+        assert row["margin"] == pytest.approx(best - worst)
+        assert best == max(v for (_, prompt, _), v in scores.items() if prompt == row["prompt"])
+    some = config(contrast=sims.ContrastConfig(memory=None, policy="top_margin", size=5))
+    assert [i.pairs.pairs for i in improve(model, tmp_path / "top", config=some).iterations] == [5, 5]
+
+
+def test_responses_are_spent_where_scores_spread(model: Any, tmp_path: Path) -> None:
+    base = config()
+    settings = sims.SIMSConfig(
+        iterations=2,
+        sampling=replace(base.sampling, allocation="spread"),
+        steering=base.steering,
+        evaluation=base.evaluation,
+    )
+
+    def louder(prompt: str, responses: Sequence[str]) -> list[float]:
+        return [(10.0 if prompt < "Say m" else 0.1) * score for score in vowels(prompt, responses)]
+
+    spread = improve(model, tmp_path / "spread", louder, config=settings)
+    counts = [Counter(s.prompt for s in spread.samples(t, "train")) for t in (1, 2)]
+    assert set(counts[0].values()) == {3} and len(set(counts[1].values())) > 1
+    assert sum(counts[1].values()) == sum(counts[0].values()) and min(counts[1].values()) >= 2
+    again = improve(model, tmp_path / "spread", louder, config=settings)
+    assert again.samples(2, "train") == spread.samples(2, "train")
+
+
+def test_an_independent_evaluator_is_reported_beside_the_ranker(model: Any, run: sims.Run, tmp_path: Path) -> None:
+    judged = improve(model, tmp_path / "run", evaluator=sims.ReadingEase())
+    assert same_vectors(judged, run)  # the loop never learns from it
+    assert judged.evaluator == "reading-ease" and run.evaluator == ""
+    for evaluation in [judged.base, *(i.evaluation for i in judged.iterations), *judged.controls]:
+        assert evaluation.independent is not None
+    sample = judged.samples(2)[0]
+    assert sample.independent == sims.ReadingEase().rank("", [sample.text])[0]
+    assert judged.iterations[1].evaluation.difference == run.iterations[1].evaluation.difference
+    assert "reading-ease win rate" in repr(judged) and "which the loop never saw" in judged.verdict()
+    assert "independent_win_rate_low" in judged.table().columns
+
+
+@pytest.mark.parametrize("memory", [1, None])
+@pytest.mark.parametrize(("form", "steered"), [("likelihood", False), ("pairwise", False), ("likelihood", True)])
+def test_the_model_can_judge_itself(model: Any, tmp_path: Path, form: str, steered: bool, memory: int | None) -> None:
+    short = "{prompt} {first} {second} {criterion}" if form == "pairwise" else None  # for a context of 128
+    judge = sims.SelfJudge("more cheerful", form=form, steered=steered, template=short)
+    settings = config(
+        ranking=sims.RankingConfig(audit="report", audit_prompts=3), contrast=sims.ContrastConfig(memory=memory)
+    )
+    judged = improve(model, tmp_path / "run", judge, config=settings)
+    assert judged.complete and judged.audit is not None and judged.audit.kind == "judge"
+    assert judged.ranker == judge.name
+    assert (tmp_path / "run/verdicts").is_dir() is not steered
+    again = improve(model, tmp_path / "again", judge, config=settings)
+    assert same_vectors(judged, again)
 
 
 def test_a_folder_with_another_run_is_refused(model: Any, run: sims.Run, tmp_path: Path) -> None:
@@ -344,8 +441,6 @@ def test_controls_have_the_norm_of_the_real_plan() -> None:
 
 
 def test_choose_layer_takes_the_best_fluent_one(run: sims.Run) -> None:
-    from dataclasses import replace
-
     from sims_lens.stats import Interval
 
     def outcome(win_rate: float, nll: float) -> Any:

@@ -1,6 +1,6 @@
 """Figures: what is drawn is what the run measured, and every figure looks like its siblings."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sims_lens import plots
+from sims_lens.bank import diagnose
 from sims_lens.config import EvaluationConfig, SIMSConfig
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
@@ -121,9 +122,9 @@ def write_run(
         folder.samples("heldout", lambda drawn=heldout_samples: drawn)
         metrics = {
             "evaluation": evaluate(heldout_samples, base).to_json(),
-            "pairs": heldout - t,
+            "diagnostics": replace(diagnose((), iteration=t), pairs=heldout - t, margin=20.0 / t).to_json(),
             "dropped": {"empty": 0, "margin": 0, "tie": t},
-            "margin": 20.0 / t,
+            "audit": None,
         }
         finish(folder, metrics, 10.0)
     if finished == iterations and controls:

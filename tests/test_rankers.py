@@ -282,8 +282,12 @@ def test_ranker_errors_are_value_errors_and_ours() -> None:
 @pytest.mark.parametrize("name", sorted(RANKERS))
 def test_every_known_name_makes_a_ranker_of_that_name(name: str) -> None:
     ranker = get_ranker(name)
-    assert ranker.name == name
-    assert len(ranker.rank("Hi?", ["Good.", "", "Awful!"])) == 3
+    assert ranker.name.startswith(name)
+    if hasattr(ranker, "bind"):
+        with pytest.raises(RankerError, match="no model to ask"):
+            ranker.rank("Hi?", ["Good."])
+    else:
+        assert len(ranker.rank("Hi?", ["Good.", "", "Awful!"])) == 3
 
 
 @pytest.fixture
@@ -314,7 +318,7 @@ def test_a_ranker_is_imported_by_its_path(own_module: str, path: str, name: str)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vadr", "no ranker is called 'vadr'; there are reading-ease, vader, and your own as package.module:function"),
+        ("vadr", "no ranker is called 'vadr'; there are reading-ease, self, vader, and your own as package.module"),
         ("", "no ranker is called ''"),
         ("module:", "no ranker is called 'module:'"),
         (":function", "no ranker is called ':function'"),
@@ -564,3 +568,126 @@ def test_importing_the_rankers_does_not_import_vader() -> None:
     code = "import sys, sims_lens.rankers; print([name for name in sys.modules if 'vader' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- what survives the check -----------------------------------------------------------------------------------------
+
+
+class Rich:
+    """A ranker with everything that one may have."""
+
+    name = "rich"
+    pointwise = True
+    steered = False
+    settings = {"of": "it"}
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor = factor
+        self.count = {"prefill": 0, "decode": 0}
+        self.asked: list[int] = []
+
+    def rank(self, prompt: str, responses: Sequence[str]) -> list[float]:
+        return [self.factor * len(response) for response in responses]
+
+    def rank_all(self, items: Sequence[tuple[str, Sequence[str]]]) -> np.ndarray | list[list[float]]:
+        self.asked.append(len(items))
+        return [self.rank(prompt, responses) for prompt, responses in items]
+
+    def matrix(self, prompt: str, responses: Sequence[str]) -> np.ndarray:
+        return np.full((len(responses), len(responses)), 0.5)
+
+    def bind(self, factor: float) -> "Rich":
+        return Rich(factor)
+
+    def uncached(self) -> "Rich":
+        return self
+
+
+def test_what_a_ranker_has_beside_scores_survives_the_check() -> None:
+    mine = Rich()
+    checked = as_ranker(mine)
+    assert checked.pointwise is True and checked.steered is False and checked.settings == {"of": "it"}
+    assert checked.count is mine.count
+    assert checked.matrix("p", ["a", "b"]).shape == (2, 2)
+    assert checked.uncached() is mine
+    bound = checked.bind(3.0)
+    assert isinstance(bound, CheckedRanker) and bound.rank("p", ["ab"]) == (6.0,)
+
+
+def test_what_a_ranker_lacks_it_lacks_when_checked() -> None:
+    for ranker in (lengths, reward, Named()):
+        checked = as_ranker(ranker)
+        for name in ("bind", "count", "matrix", "pointwise", "settings", "steered", "uncached", "factor"):
+            assert not hasattr(checked, name), name
+    assert not hasattr(as_ranker(Rich()), "factor")
+
+
+def test_the_oracles_score_a_response_by_itself() -> None:
+    for ranker in (ReadingEase(), Vader()):
+        checked = as_ranker(ranker)
+        assert checked.pointwise is True and checked.settings
+
+
+def test_a_function_can_carry_a_flag() -> None:
+    def flagged(prompt: str, responses: Sequence[str]) -> list[int]:
+        return [0] * len(responses)
+
+    flagged.pointwise = True  # type: ignore[attr-defined]
+    assert as_ranker(flagged).pointwise is True
+
+
+def test_a_bind_that_returns_nothing_has_bound_the_ranker_itself() -> None:
+    class Mutable(Method):
+        bound = False
+
+        def bind(self, model: object) -> None:
+            self.bound = True
+
+    mine = Mutable()
+    assert as_ranker(mine).bind("model").inner is mine and mine.bound
+
+
+ITEMS = [("p", ["a", "bb"]), ("q", []), ("r", ["ccc"])]
+
+
+def test_many_prompts_are_ranked_in_one_go_where_the_ranker_can() -> None:
+    mine = Rich()
+    assert as_ranker(mine).rank_all(ITEMS) == [(1.0, 2.0), (), (3.0,)]
+    assert mine.asked == [2]  # the prompt without responses isn't asked
+    assert as_ranker(mine).rank_all([("q", [])]) == [()] and as_ranker(mine).rank_all([]) == []
+    assert mine.asked == [2]
+
+
+def test_many_prompts_are_ranked_one_by_one_otherwise() -> None:
+    assert as_ranker(lengths).rank_all(ITEMS) == [(2.0, 3.0), (), (4.0,)]
+    assert as_ranker(reward).rank_all(ITEMS) == [(2.0, 3.0), (), (4.0,)]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([[1.0, 2.0]], r"on 2 prompts returned \[\[1.0, 2.0\]\]; return one list of scores per prompt"),
+        (None, "on 2 prompts returned None"),
+        ("ab", "on 2 prompts returned 'ab'"),
+        ([[1.0], [1.0]], "on the prompt 'p' returned 1 score for 2 responses"),
+        ([[1.0, 2.0], [math.nan]], "on the prompt 'r' returned nan for response 0, which is not finite"),
+    ],
+)
+def test_bad_scores_of_many_prompts_are_refused(result: object, message: str) -> None:
+    class Bad(Method):
+        def rank_all(self, items: object) -> object:
+            return result
+
+    with pytest.raises(RankerError, match=message):
+        as_ranker(Bad()).rank_all(ITEMS)
+
+
+def test_an_exception_over_many_prompts_is_the_rankers_failure() -> None:
+    class Broken(Method):
+        def rank_all(self, items: object) -> object:
+            raise MemoryError("no room")
+
+    with pytest.raises(RankerError, match="ranker 'Broken' on 2 prompts raised MemoryError: no room"):
+        as_ranker(Broken()).rank_all(ITEMS)
+    with pytest.raises(RankerError, match="bare string 'one'"):
+        as_ranker(Broken()).rank_all([("p", "one")])

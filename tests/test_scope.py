@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sims_lens import TokenScope
+from sims_lens.activations import capture
 from sims_lens.adapter import adapt, left_pad
-from sims_lens.attach import attach, steering
-from sims_lens.capture import capture
 from sims_lens.errors import PlanError
+from sims_lens.hooks import attach, steering
 from sims_lens.scope import Region, left_padded_regions
 
 SCOPES = ("all", "prompt", "last_prompt", "response", "generation")
@@ -214,12 +214,14 @@ def test_passes_between_the_pieces_of_a_stream_are_not_part_of_it(llama: Any, ca
         abandoned.close()
 
 
-def test_hf_generate_is_steered(zoo: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_hf_generate_is_steered(zoo: Callable[..., Any], cached: bool) -> None:
     model = zoo("llama", "bridge")
     for scope in SCOPES:
         with steering(model, plan_of(0, 1, scope=scope)):
             expected, _ = generated(model)
-            found = model.hf_generate(TOKENS, max_new_tokens=NEW, do_sample=False, stop_at_eos=False)
+            options = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False}
+            found = model.hf_generate(TOKENS, use_past_kv_cache=cached, **options)
             assert torch.equal(found[:, : expected.shape[1]], expected)
 
 

@@ -4,6 +4,8 @@
 'TEMPLATE'
 """
 
+from sims_lens.plots.audit import reliability_card
+from sims_lens.plots.bank import pair_selection
 from sims_lens.plots.run import effect, iteration_similarity, layer_similarity, side_effects, vector_norms, win_rate
 from sims_lens.plots.theme import TEMPLATE
 
@@ -12,6 +14,8 @@ __all__ = [
     "effect",
     "iteration_similarity",
     "layer_similarity",
+    "pair_selection",
+    "reliability_card",
     "side_effects",
     "vector_norms",
     "win_rate",

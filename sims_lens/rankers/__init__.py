@@ -8,12 +8,39 @@ from importlib import import_module
 
 from sims_lens.errors import RankerError
 from sims_lens.rankers.base import CheckedRanker, Ranker, as_ranker
+from sims_lens.rankers.cache import CachedRanker
+from sims_lens.rankers.endpoint import EndpointJudge
+from sims_lens.rankers.ensemble import Ensemble
 from sims_lens.rankers.oracles import ReadingEase, Vader, reading_ease
+from sims_lens.rankers.pairrm import PairRM
+from sims_lens.rankers.reward_model import RewardModel
 
-__all__ = ["RANKERS", "CheckedRanker", "Ranker", "ReadingEase", "Vader", "as_ranker", "get_ranker", "reading_ease"]
+__all__ = [
+    "RANKERS",
+    "CachedRanker",
+    "CheckedRanker",
+    "EndpointJudge",
+    "Ensemble",
+    "PairRM",
+    "Ranker",
+    "ReadingEase",
+    "RewardModel",
+    "Vader",
+    "as_ranker",
+    "get_ranker",
+    "reading_ease",
+]
+
+
+def _self_judge() -> Ranker:
+    from sims_lens.rankers.self_judge import SelfJudge  # needs torch, which the other names don't
+
+    return SelfJudge()
+
 
 RANKERS: dict[str, Callable[[], Ranker]] = {
     "reading-ease": ReadingEase,
+    "self": _self_judge,
     "vader": Vader,
 }
 """What the command line calls each ranker, and what makes it."""

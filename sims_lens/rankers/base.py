@@ -3,19 +3,34 @@
 A ranker scores the responses to one prompt, higher for better. It can be a plain function ``f(prompt, responses)``, an
 object with a method ``rank(prompt, responses)``, or a reward function as trainers have them,
 ``f(prompts=..., completions=...)``. :func:`as_ranker` makes all three look the same and lets no bad score through.
+
+What else a ranker may have, and keeps when it is checked: ``rank_all(items)`` for many prompts in one go (checked like
+``rank``), and the attributes in :data:`KEPT`.
 """
 
 import inspect
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 from sims_lens.errors import RankerError
 from sims_lens.prompts import quote
+
+KEPT: Final = ("bind", "count", "matrix", "pointwise", "settings", "steered", "uncached")
+"""What a checked ranker hands through from the user's object, where that has it.
+
+``matrix(prompt, responses)`` has P(i better than j | i shown first) in row i, column j; ``count`` what the ranker has
+spent, with tokens under ``prefill`` and ``decode``; ``pointwise`` whether a response's score depends on no other
+response; ``settings`` what, beside the name, its scores depend on; ``steered`` whether it judges with the steered
+model; ``bind(...)`` makes it judge with a given one; ``uncached()`` gives the ranker that answers anew each time.
+"""
+
+Item = tuple[str, Sequence[str]]
+"""A prompt and the responses to it."""
 
 
 @runtime_checkable
@@ -47,10 +62,18 @@ class CheckedRanker:
     Args:
         name: the name in messages and in the record of a run.
         score: the user's function, called with the prompt and a list of responses of its own.
+        inner: what the user passed, for ``rank_all`` and the attributes in :data:`KEPT`.
     """
 
     name: str
     score: Callable[[str, list[str]], object]
+    inner: object = field(default=None, repr=False, compare=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in KEPT:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        found = getattr(self.inner, name)
+        return partial(_bind, self.inner) if name == "bind" else found
 
     def rank(self, prompt: str, responses: Sequence[str]) -> tuple[float, ...]:
         """Score the responses to one prompt.
@@ -66,21 +89,55 @@ class CheckedRanker:
             RankerError: ``responses`` is a bare string, the user's function raised, or what it returned isn't one
                 finite number per response.
         """
+        where = self._where(prompt, responses)
+        if not responses:
+            return ()
+        result = self._call(where, self.score, prompt, list(responses))
+        return _checked(where, result, len(responses))
+
+    def rank_all(self, items: Sequence[Item]) -> list[tuple[float, ...]]:
+        """Score the responses to many prompts, in one go where the user's object has a ``rank_all`` of its own.
+
+        Args:
+            items: pairs of a prompt and the responses to it.
+
+        Returns:
+            What :meth:`rank` returns, for each item in their order.
+
+        Raises:
+            RankerError: as for :meth:`rank`; or the user's ``rank_all`` returned something else than one list of
+                scores per item.
+        """
+        together = getattr(self.inner, "rank_all", None)
+        if not callable(together):
+            return [self.rank(prompt, responses) for prompt, responses in items]
+        places = [self._where(prompt, responses) for prompt, responses in items]
+        asked = [index for index, (_, responses) in enumerate(items) if responses]
+        found: list[tuple[float, ...]] = [()] * len(items)
+        if not asked:
+            return found
+        where = f"ranker {self.name!r} on {_counted(len(asked), 'prompt')}"
+        result = _plain(self._call(where, together, [(items[index][0], list(items[index][1])) for index in asked]))
+        if not isinstance(result, Sequence) or isinstance(result, (str, bytes)) or len(result) != len(asked):
+            raise RankerError(f"{where} returned {reprlib.repr(result)}; return one list of scores per prompt")
+        for index, scores in zip(asked, result, strict=True):
+            found[index] = _checked(places[index], scores, len(items[index][1]))
+        return found
+
+    def _where(self, prompt: str, responses: object) -> str:
         where = f"ranker {self.name!r} on the prompt {quote(prompt)}"
         if isinstance(responses, str):
             raise RankerError(f"{where}: the responses are the bare string {quote(responses)}; wrap it in a list")
-        if not responses:
-            return ()
+        return where
+
+    @staticmethod
+    def _call(where: str, function: Callable[..., object], *args: object) -> object:
         try:
-            result = self.score(prompt, list(responses))
+            return function(*args)
         except RankerError:
             raise
         except Exception as error:  # whatever a user's function raises is reported as the ranker's failure
             raise RankerError(f"{where} raised {type(error).__name__}: {error}") from error
-        try:
-            return _finite_scores(result, len(responses))
-        except RankerError as error:
-            raise RankerError(f"{where} {error}; return one finite number per response, in their order") from None
 
 
 def as_ranker(ranker: object) -> CheckedRanker:
@@ -124,9 +181,9 @@ def as_ranker(ranker: object) -> CheckedRanker:
         raise RankerError(f"the ranker {name!r} is an async function; pass a plain one")
     if _is_reward_function(call):
         _check_callable_with(name, call, prompts=[], completions=[])
-        return CheckedRanker(name, partial(_score_as_reward, call))
+        return CheckedRanker(name, partial(_score_as_reward, call), ranker)
     _check_callable_with(name, call, "", [])
-    return CheckedRanker(name, call)
+    return CheckedRanker(name, call, ranker)
 
 
 def _name(ranker: object) -> str:
@@ -170,6 +227,19 @@ def _check_callable_with(name: str, call: Callable[..., object], *args: object, 
 
 def _score_as_reward(call: Callable[..., object], prompt: str, responses: list[str]) -> object:
     return call(prompts=[prompt] * len(responses), completions=responses)
+
+
+def _bind(inner: Any, *args: object, **kwargs: object) -> CheckedRanker:
+    """Bind the user's ranker and check the bound one; a ``bind`` that returns nothing has bound the ranker itself."""
+    bound = inner.bind(*args, **kwargs)
+    return as_ranker(inner if bound is None else bound)
+
+
+def _checked(where: str, result: object, count: int) -> tuple[float, ...]:
+    try:
+        return _finite_scores(result, count)
+    except RankerError as error:
+        raise RankerError(f"{where} {error}; return one finite number per response, in their order") from None
 
 
 def _finite_scores(result: object, count: int) -> tuple[float, ...]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Final
+from importlib.metadata import version
+from typing import ClassVar, Final
 
 from sims_lens.errors import RankerError
 
@@ -293,6 +294,8 @@ class ReadingEase:
     """The plain-language oracle: :func:`reading_ease` of each response."""
 
     name: str = "reading-ease"
+    pointwise: ClassVar[bool] = True
+    settings: ClassVar[dict[str, int]] = {"version": 1}  # of the formula: scores that change need another
 
     def rank(self, prompt: str, responses: Sequence[str]) -> tuple[float, ...]:  # noqa: ARG002
         """Score the responses.
@@ -336,10 +339,16 @@ class Vader:
     """
 
     name: str = "vader"
+    pointwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Load the lexicon."""
         _vader_scores()
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the scores depend on, beside the texts."""
+        return {"vaderSentiment": version("vaderSentiment")}
 
     def rank(self, prompt: str, responses: Sequence[str]) -> tuple[float, ...]:  # noqa: ARG002
         """Score the responses.

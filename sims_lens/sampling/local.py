@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, left_pad
-from sims_lens.attach import steering
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
+from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.sampling.base import TokenCount
 from sims_lens.sampling.draw import choose, uniforms

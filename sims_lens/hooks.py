@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sims_lens.activations import residual_norms
 from sims_lens.adapter import Adapter, adapt, cached_length
-from sims_lens.capture import residual_norms
 from sims_lens.errors import ModelError, PlanError
 from sims_lens.plan import Intervention, SteeringPlan
 from sims_lens.scope import Region, TokenScope, regions_at

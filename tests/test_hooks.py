@@ -12,9 +12,10 @@ import torch
 from common import D_MODEL, KINDS, SITES, difference, fingerprint, plan_of, random_tokens, vector
 from torch import Tensor
 
+from sims_lens.activations import capture
 from sims_lens.adapter import BridgeAdapter, HookedAdapter, adapt
-from sims_lens.attach import attach, resolve, steering
 from sims_lens.errors import ModelError, PlanError
+from sims_lens.hooks import attach, resolve, steering
 from sims_lens.plan import NOTHING, Intervention, Provenance, SteeringPlan
 from sims_lens.prompts import everyday
 from sims_lens.scope import ALL
@@ -231,6 +232,27 @@ def test_the_mode_is_the_models(llama: Any) -> None:
         llama.eval()
     with steering(llama, plan_of(1)):
         assert not any(module.training for module in llama.modules())
+
+
+class Doubled:
+    """A layout of a hook point's own, as TransformerLens gives one where a model's tensors are shaped otherwise."""
+
+    def convert(self, value: Tensor) -> Tensor:
+        return 2 * value
+
+    def revert(self, value: Tensor) -> Tensor:
+        return value / 2
+
+
+def test_a_hook_points_own_layout_is_honoured(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(TOKENS[0].tolist(), [])]
+    plain = capture(llama, rows, scope="all").means[0, 1]
+    with steering(llama, plan_of(1, coefficient=1.0)):
+        expected = llama(TOKENS)
+    monkeypatch.setattr(llama.hook_dict["blocks.1.hook_resid_post"], "hook_conversion", Doubled())
+    with steering(llama, plan_of(1, coefficient=2.0)):
+        assert torch.equal(llama(TOKENS), expected)
+    torch.testing.assert_close(capture(llama, rows, scope="all").means[0, 1], 2 * plain)
 
 
 def test_nothing_that_is_added_is_saved_with_the_model(model: Any) -> None:
@@ -655,7 +677,7 @@ def test_units_of_the_residual_norm_are_measured_on_attaching(model: Any, site: 
 
 
 def test_known_norms_are_not_measured_again(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sims_lens.attach.residual_norms", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("sims_lens.hooks.residual_norms", lambda *_, **__: pytest.fail("measured"))
     plan = SteeringPlan.addition({1: vector(1)}, coefficient=0.5, units="residual_norm", residual_norms={1: 8.0})
     assert resolve(llama, plan) is plan
     with steering(llama, plan):
