@@ -290,7 +290,8 @@ def test_a_loaded_plan_steers_as_the_saved_one(model: Any, tmp_path: Path) -> No
 
 
 def test_saving_over_a_plan_replaces_it_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any, **options: Any) -> None:
+    def fails(tensors: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half a pl")
         raise OSError("disk full")
 
     before = SteeringPlan.load(saved)

@@ -221,7 +221,7 @@ def test_hf_generate_is_steered(zoo: Callable[..., Any], cached: bool) -> None:
         with steering(model, plan_of(0, 1, scope=scope)):
             expected, _ = generated(model)
             options = {"max_new_tokens": NEW, "do_sample": False, "stop_at_eos": False}
-            found = model.hf_generate(TOKENS, use_past_kv_cache=cached, **options)
+            found = model.hf_generate(TOKENS, use_past_kv_cache=cached, use_cache=cached, **options)
             assert torch.equal(found[:, : expected.shape[1]], expected)
 
 

@@ -16,6 +16,9 @@ What a prompt asks is text, and so is a response: one that says "Ignore the abov
 like any other text. Special tokens written out in a response stay plain text, so it can't open a turn of its own, and
 asking in both orders makes "answer A" cancel, but nothing here makes a judge immune to what it reads. The likelihood
 form asks nothing about the response, and can only be misled by text that is itself likely under the better instruction.
+
+The mean over tokens takes length out of the sum, not out of the contrast: the first tokens of a response carry most of
+it, so that the first third of a response tends to score higher than the whole (on the embedded model, 3 times of 4).
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sims_lens.errors import RankerError
 
-PRIOR_PRECISION = 0.01
+PRIOR_PRECISION = 0.001
 
 Matrix = Float[np.ndarray, "k k"] | Float[Tensor, "k k"]
 
@@ -90,8 +90,7 @@ def mean_win_rate(p: Matrix) -> Float[np.ndarray, " k"]:
     Reference: Wu et al. 2024, "Self-Play Preference Optimization" (arXiv 2405.00675), the estimate of P(y beats pi | x)
         over K sampled responses. Theirs counts y itself as an opponent (at 0.5), which changes no order.
     """
-    found = np.array(p, dtype=np.float64)
-    np.fill_diagonal(found, np.nan)
+    found = _without_diagonal(p)
     asked = ~np.isnan(found)
     total = np.where(asked, found, 0.0).sum(axis=1)
     met = asked.sum(axis=1)
@@ -102,7 +101,7 @@ def bradley_terry(p: Matrix) -> Float[np.ndarray, " k"]:
     """Log-strengths s under P(i beats j) = sigmoid(s_i - s_j), fitted to soft verdicts by Newton's method.
 
     Maximises sum over asked i, j of P[i, j] * log sigmoid(s_i - s_j), less ``PRIOR_PRECISION / 2 * |s|^2``. This
-    normal prior of standard deviation 10 keeps the strengths finite where someone wins every time or a part of the
+    normal prior of standard deviation 32 keeps the strengths finite where someone wins every time or a part of the
     schedule is not linked to the rest; it hardly moves any other.
 
     Args:
@@ -114,8 +113,7 @@ def bradley_terry(p: Matrix) -> Float[np.ndarray, " k"]:
     Reference: Bradley & Terry 1952; Hunter 2004, "MM algorithms for generalized Bradley-Terry models", for the
         likelihood. Newton instead of MM, which is slow where verdicts are nearly certain.
     """
-    verdicts = np.array(p, dtype=np.float64)
-    np.fill_diagonal(verdicts, np.nan)
+    verdicts = _without_diagonal(p)
     wins = np.nan_to_num(verdicts, nan=0.0)
     k = len(wins)
 
@@ -154,11 +152,16 @@ def cyclic_triples(p: Matrix) -> tuple[int, int]:
 
     Reference: Kendall & Babington Smith 1940, "On the method of paired comparisons".
     """
-    found = np.array(p, dtype=np.float64)
-    np.fill_diagonal(found, np.nan)
+    found = _without_diagonal(p)
     beats = (np.nan_to_num(found, nan=0.0) > 0.5).astype(np.int64)
     asked = (~np.isnan(found)).astype(np.int64)
     return int(np.trace(beats @ beats @ beats)) // 3, int(np.trace(asked @ asked @ asked)) // 6
+
+
+def _without_diagonal(p: Matrix) -> Float[np.ndarray, "k k"]:
+    copied = np.asarray(p, dtype=np.float64).copy()
+    np.fill_diagonal(copied, np.nan)
+    return copied
 
 
 __all__ = ["averaged_over_orders", "bradley_terry", "cyclic_triples", "mean_win_rate", "schedule"]
