@@ -5,7 +5,7 @@ of layers times the length of the batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.errors import ModelError
 from sims_lens.prompts import everyday
-from sims_lens.scope import RESPONSE, TokenScope, left_padded_regions
+from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
 
 Row = tuple[Sequence[int], Sequence[int]]
 """A sequence as (prompt token ids, response token ids)."""
@@ -46,10 +46,11 @@ def capture(
     site: str = "resid_post",
     scope: TokenScope | str = RESPONSE,
     batch_rows: int = 32,
-    declare: Callable[[Sequence[int]], AbstractContextManager[Any]] | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Activations:
     """Run sequences through the model as it is now (steered, if a plan is attached) and average a site's stream.
+
+    A plan that is attached is told where each row's prompt ends.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
@@ -57,7 +58,6 @@ def capture(
         site: where in every block.
         scope: which tokens count.
         batch_rows: sequences in one forward pass.
-        declare: ``steering.prompt`` of an attached plan, so that it knows where each row's prompt ends.
         advance: called with the number of rows after each pass, for a progress bar.
 
     Raises:
@@ -86,7 +86,9 @@ def capture(
             norms[layer].append(stream.float().norm(dim=-1)[counted].cpu())
 
         boundary = [tokens.shape[1] - len(rows[i][1]) for i in batch]
-        with torch.inference_mode(), listening(adapter, site, read), declare(boundary) if declare else nullcontext():
+        tracker = model.__dict__.get(TRACKER)
+        declared = tracker.prompt(boundary) if tracker is not None else nullcontext()
+        with torch.inference_mode(), listening(adapter, site, read), declared:
             adapter.logits(tokens, mask, keep=1)
         if advance is not None:
             advance(len(batch))

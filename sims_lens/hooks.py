@@ -24,10 +24,9 @@ from sims_lens.activations import residual_norms
 from sims_lens.adapter import Adapter, adapt, cached_length
 from sims_lens.errors import ModelError, PlanError
 from sims_lens.plan import Intervention, SteeringPlan
-from sims_lens.scope import Region, TokenScope, regions_at
+from sims_lens.scope import TRACKER, Region, TokenScope, regions_at
 from sims_lens.sites import check_layer, steer_name
 
-_TRACKER = "_sims_lens_tracker"
 _GENERATORS = ("generate", "generate_stream", "hf_generate")
 
 
@@ -223,7 +222,7 @@ class Steering:
         self.plan = plan
         self.attached = False
         self._adapter = adapt(model)
-        self._tracker: TokenTracker = model.__dict__.get(_TRACKER) or TokenTracker()
+        self._tracker: TokenTracker = model.__dict__.get(TRACKER) or TokenTracker()
         self._sites: list[tuple[int, str, Any, Any]] = []
 
     @property
@@ -256,7 +255,7 @@ class Steering:
         self._sites = []
         self._tracker.detach(self._adapter)
         if not self._tracker.users:
-            self._adapter.model.__dict__.pop(_TRACKER, None)
+            self._adapter.model.__dict__.pop(TRACKER, None)
 
     def _attach(self) -> None:
         from transformer_lens.hook_points import LensHandle
@@ -267,7 +266,7 @@ class Steering:
         points = {where: self._adapter.point(*where) for where in grouped}
         self.attached = True
         self._tracker.attach(self._adapter)
-        self._adapter.model.__dict__[_TRACKER] = self._tracker
+        self._adapter.model.__dict__[TRACKER] = self._tracker
         for (layer, site), interventions in grouped.items():
             block = self._adapter.block(layer)
             depth = 1
@@ -337,7 +336,7 @@ def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
     if all(i.units == "absolute" or i.residual_norm is not None for i in plan.interventions):
         return plan
     sites = sorted({i.site for i in plan.interventions if i.residual_norm is None})
-    tracker: TokenTracker | None = model.__dict__.get(_TRACKER)
+    tracker: TokenTracker | None = model.__dict__.get(TRACKER)
     with tracker.paused() if tracker else nullcontext():  # the unit is the unsteered model's, also when plans nest
         measured = {site: residual_norms(model, site=site) for site in sites}
     return replace(

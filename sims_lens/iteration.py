@@ -72,8 +72,8 @@ def fit_contrast(
 ) -> Fit:
     """Capture the pairs' activations in one pass over all layers and fit the mean difference at each.
 
-    The activations are those of the model that wrote the responses, ``plan`` attached, averaged over response
-    tokens.
+    Both responses of a pair are read with ``plan`` attached, averaged over response tokens: under one plan, so that a
+    constant addition at the site drops out of the difference.
 
     Raises:
         RunError: fewer than two pairs are left.
@@ -86,9 +86,8 @@ def fit_contrast(
     adapter = adapt(model)
     encoded = {pair.prompt: adapter.encode(prompts[pair.prompt]) for pair in contrast.pairs}
     rows = [(encoded[p.prompt], s.tokens) for p in contrast.pairs for s in (p.best, p.worst)]
-    with steering(model, plan) as steered:
-        # the prompt ends where each row's response begins; capture runs left-padded batches of its own
-        read = capture(model, rows, site=config.steering.site, declare=steered.prompt)
+    with steering(model, plan):
+        read = capture(model, rows, site=config.steering.site)
     best, worst = read.means[0::2], read.means[1::2]
     return Fit(
         mean_difference=mean_difference(best, worst),

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from sims_lens.errors import PlanError
 
+TRACKER = "_sims_lens_tracker"
+"""The attribute under which a steered model keeps what knows the regions of its tokens (``hooks.TokenTracker``)."""
+
 
 class Region(IntEnum):
     """What a token position is. The codes are those of the ``regions`` tensors."""

@@ -102,8 +102,8 @@ def test_within_steering_the_steered_stream_is_read(model: Any) -> None:
 
 def test_a_declared_prompt_ends_where_each_row_says(llama: Any) -> None:
     plain = capture(llama, ROWS, site="resid_pre", scope="generation")
-    with steering(llama, plan_of(2, site="resid_pre", scope="response")) as steered:
-        read = capture(llama, ROWS, site="resid_pre", scope="generation", declare=steered.prompt, batch_rows=2)
+    with steering(llama, plan_of(2, site="resid_pre", scope="response")):
+        read = capture(llama, ROWS, site="resid_pre", scope="generation", batch_rows=2)
     shares = torch.tensor([len(response) / (len(response) + 1) for _, response in ROWS])  # one token is the prompt's
     moved = 2.0 * vector(2) * shares[:, None]
     torch.testing.assert_close(read.means[:, 2], plain.means[:, 2] + moved, atol=1e-4, rtol=1e-4)

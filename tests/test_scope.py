@@ -348,8 +348,8 @@ def test_capture_reads_the_very_tokens_that_are_steered(model: Any, scope: str) 
     regions = TokenScope(prompt=True), TokenScope(last_prompt=True), TokenScope(response=True)
     others = [region for region in regions if region | chosen != chosen]
     before = [capture(model, rows, scope=s).means for s in (chosen, *others)]
-    with steering(model, plan) as steered:
-        inside, *outside = [capture(model, rows, scope=s, declare=steered.prompt).means for s in (chosen, *others)]
+    with steering(model, plan):
+        inside, *outside = [capture(model, rows, scope=s).means for s in (chosen, *others)]
     moved = plan.vectors()[2, "resid_post"]
     torch.testing.assert_close(inside[:, 2], before[0][:, 2] + moved, atol=1e-4, rtol=0)
     assert all(torch.equal(now, then) for now, then in zip(outside, before[1:], strict=True))
