@@ -20,7 +20,7 @@ from sims_lens.errors import PlanError, SimsError
 if TYPE_CHECKING:
     from sims_lens.run import Run
 
-DEMO_PROMPTS = 112  # 50 to train on, 17 to choose the layer, 45 held out
+DEMO_PROMPTS = 125  # 56 to train on, 19 to choose the layer, 50 held out
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class SamplingConfig:
     temperature: float = 0.8
     top_k: int | None = 50
     top_p: float = 1.0
-    batch_rows: int = 160
+    batch_rows: int = 128
 
     def __post_init__(self) -> None:
         _positive_int("responses (K)", self.responses, low=2)

@@ -1,6 +1,5 @@
 """The in-process sampler: one prefill per prompt, shared by its K responses; many rows decoded side by side."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -31,12 +30,13 @@ class LocalSampler:
         self.count = TokenCount()
 
     def sample(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
-        """Yield the samples batch by batch, prompts of similar length together, batches of equal size."""
+        """Yield the samples batch by batch, prompts of similar length together. See :class:`Sampler`."""
         adapter = adapt(self.model)
         encoded = [adapter.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        batches = math.ceil(len(order) / max(1, self.config.batch_rows // n))
-        for batch in (order[i * len(order) // batches : (i + 1) * len(order) // batches] for i in range(batches)):
+        group = max(1, self.config.batch_rows // n)
+        for start in range(0, len(order), group):
+            batch = order[start : start + group]
             noise = torch.stack(
                 [uniforms(seed, prompts[i], k, self.config.max_new_tokens) for i in batch for k in range(n)]
             )
