@@ -134,6 +134,9 @@ def _sections(run: Run, figures: "dict[str, go.Figure]") -> Iterator[str]:
         yield "<h2>Side effects</h2>"
         yield place("side-effects", plots.side_effects(run))
     yield from _responses(run)
+    if run.audit:
+        yield "<h2>Can the ranker be trusted?</h2>"
+        yield place("reliability", plots.reliability_card(run.audit))
     if run.iterations:
         yield "<h2>The directions</h2>"
         yield place("vector-norms", plots.vector_norms(run))
@@ -143,6 +146,7 @@ def _sections(run: Run, figures: "dict[str, go.Figure]") -> Iterator[str]:
         yield from _choice(run)
     if run.iterations:
         yield from _pairs(run)
+        yield place("pair-selection", plots.pair_selection([i.pairs for i in run.iterations]))
     yield from _cost(run)
     yield from _configuration(run)
 

@@ -149,7 +149,7 @@ def test_layer_choice_pairs_cost_and_config_are_there(run: Run, page: Page) -> N
 def test_the_figures_carry_the_runs_numbers(run: Run, page: Page) -> None:
     figures = page.figures
     places = {a["id"] for _, a in page.elements if a.get("class") == "figure"}
-    assert places == set(figures) and len(figures) == 6
+    assert places == set(figures) and len(figures) == 7
     steered = [trace for trace in figures["win-rate"]["data"] if trace["name"] == "steered"]
     assert steered[0]["y"] == [i.evaluation.win_rate.estimate for i in run.iterations]
     assert all("width" not in f["layout"] and f["layout"]["autosize"] for f in figures.values())
@@ -191,7 +191,7 @@ def test_hostile_text_in_a_figure_could_not_end_the_script() -> None:
     assert figure.layout.autosize is None
 
 
-@pytest.mark.parametrize(("finished", "figures"), [(0, 0), (1, 6), (3, 6)])
+@pytest.mark.parametrize(("finished", "figures"), [(0, 0), (1, 7), (3, 7)])
 def test_an_unfinished_run_gives_a_page(finished: int, figures: int, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", finished=finished, controls=0 if finished == 3 else 5, heldout=4, choice=False)
     page = Page(write_report(run))
