@@ -1,6 +1,6 @@
 """Which form of self-judgement beats chance? Every form and criterion, audited on responses of the embedded model.
 
-``python benchmarks/judges.py --help``; the table in docs/judging.md is what it prints.
+Prints a table. ``python benchmarks/judges.py --help``.
 """
 
 import argparse

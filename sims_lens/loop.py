@@ -324,7 +324,7 @@ class _Loop:
             length=config.contrast.length,
             seed=derive_seed(config.seed, "pairs", t),
         )
-        about = diagnose(contrast.pairs, iteration=t, previous=memory.pairs)
+        chosen = diagnose(contrast.pairs, iteration=t, previous=memory.pairs)
         memory.pairs = contrast.pairs
         if not (folder.path / "pairs.jsonl").is_file():
             rows = [
@@ -357,8 +357,9 @@ class _Loop:
             return asdict(fit)
 
         audited = folder.json("audit", asked_again) if config.ranking.audit != "off" and contrast.pairs else None
-        figures = {"diagnostics": about.to_json(), "dropped": contrast.dropped, "audit": audited}
-        return folder.tensors("vectors", make), figures
+        figures = {"diagnostics": chosen.to_json(), "dropped": contrast.dropped, "audit": audited}
+        about = {**asdict(self._provenance(f"improve, iteration {t}")), "site": config.steering.site}
+        return folder.tensors("vectors", make, about), figures
 
     def reranked(self, folder: Folder, bank: MemoryBank, name: str) -> MemoryBank:
         """A bank whose responses of all iterations were ranked together: a judge that compares responses with each

@@ -63,11 +63,19 @@ class Folder:
         file = self.path / f"{name}.jsonl"
         return [_sample(row, file) for row in read_jsonl(file)]
 
-    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors in ``NAME.safetensors``, computed by ``make`` where the file is not there yet."""
+    def tensors(
+        self, name: str, make: Callable[[], Mapping[str, Tensor]], about: Mapping[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors in ``NAME.safetensors``, computed by ``make`` where the file is not there yet.
+
+        Args:
+            name: of the file.
+            make: computes them.
+            about: where they came from, kept in the file's metadata as JSON under "sims_lens.run".
+        """
         file = self.path / f"{name}.safetensors"
         if not file.is_file():
-            write_tensors(file, make())
+            write_tensors(file, make(), about)
         return read_tensors(file)
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
@@ -135,11 +143,12 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_bytes(path, "".join(line + "\n" for line in lines).encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
+    """Write a safetensors file, with ``about`` in its metadata."""
     from safetensors.torch import save
 
-    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+    metadata = {FORMAT: json.dumps(dict(about), sort_keys=True)} if about else None
+    write_bytes(path, save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
 
 
 def read_json(path: Path) -> Any:

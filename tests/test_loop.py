@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 
 import sims_lens as sims
 from sims_lens.errors import ConfigError, PlanError, PromptError, RankerError, RunError
@@ -100,6 +101,13 @@ def test_a_run_holds_what_it_promises(run: sims.Run) -> None:
     assert {s.prompt for s in train} == set(run.indices("train"))
     assert {s.prompt for s in run.samples(2)} == set(run.indices("heldout"))
     assert not set(run.indices("train")) & set(run.indices("heldout"))
+
+
+def test_vectors_say_where_they_came_from(run: sims.Run) -> None:
+    with safe_open(run.path / "iterations/01/vectors.safetensors", framework="pt") as file:
+        about = json.loads(file.metadata()["sims_lens.run"])
+    assert about["model"] == "small" and about["site"] == "resid_post" and about["weight_processing"] == "none"
+    assert about["d_model"] == run.iterations[0].vectors.shape[1] and "iteration 1" in about["source"]
 
 
 def test_scores_are_the_rankers_and_pairs_are_best_against_worst(run: sims.Run) -> None:
