@@ -1,7 +1,7 @@
 """Choices, never results. A config that was saved reproduces its run.
 
 One small frozen dataclass per step, nested in :class:`SIMSConfig`. Each only checks itself. The defaults are those
-that did well on SmolLM2-135M-Instruct; ``docs/results.md`` has the measurements.
+of the demo on SmolLM2-135M-Instruct (``docs/results.md``); ``docs/method.md`` says which of them rest on trials only.
 """
 
 import hashlib

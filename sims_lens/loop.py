@@ -59,7 +59,7 @@ def improve(
         ranker: ``f(prompt, responses) -> scores`` (higher is better), an object with ``rank``, or a reward function
             ``f(prompts=, completions=)``. One that has ``bind``, as ``SelfJudge``, is bound to the model.
         evaluator: a second ranker that the loop never learns from, reported beside the first on held-out prompts.
-        config: the choices; the defaults are reasoned in ``docs/results.md``.
+        config: the choices; the defaults are reasoned in ``docs/method.md``.
         out: the run directory. One that holds the same run is gone on with after its last finished step; None makes
             a temporary one, named in ``run.path``.
         sampler: another engine; the model itself, in this process, by default.
@@ -265,8 +265,7 @@ class _Loop:
         folder = self.store.folder("audit")
 
         def make() -> dict[str, Any]:
-            responses = self.drawn(self.store.iteration(1), 1, NOTHING, self.config.sampling.responses)
-            groups = [group for group in by_prompt(responses) if len({s.text for s in group}) > 1]
+            groups = [group for group in by_prompt(self.first_responses()) if len({s.text for s in group}) > 1]
             if not groups:
                 raise RunError(
                     "every response to a prompt is the same text: there is nothing to rank; raise temperature"
@@ -291,13 +290,13 @@ class _Loop:
                 f'noise; mend the ranker, or set RankingConfig(audit="report") to go on all the same'
             )
 
-    def drawn(self, folder: Folder, t: int, plan: SteeringPlan, n: int | Mapping[int, int]) -> list[Sample]:
-        """The training responses of an iteration, not ranked yet where they are needed before that."""
+    def first_responses(self) -> list[Sample]:
+        """The training responses of iteration 1, not ranked yet where they are needed before that."""
+        folder, n = self.store.iteration(1), self.config.sampling.responses
         if (folder.path / "samples.jsonl").is_file():
             return folder.read_samples("samples")
-        seed = derive_seed(self.config.seed, "train", t)
-        what = f"iteration {t}/{self.config.iterations}"
-        return self.responses(folder, "samples", "train", plan, n=n, seed=seed, what=what)
+        seed, what = derive_seed(self.config.seed, "train", 1), f"iteration 1/{self.config.iterations}"
+        return self.responses(folder, "samples", "train", NOTHING, n=n, seed=seed, what=what)
 
     def learn(
         self, folder: Folder, t: int, plan: SteeringPlan, memory: "_Memory"
