@@ -26,6 +26,7 @@ from sims_lens.errors import ModelError, PlanError
 from sims_lens.plan import Intervention, SteeringPlan
 from sims_lens.scope import TRACKER, Region, TokenScope, regions_at
 from sims_lens.sites import check_layer, steer_name
+from sims_lens.transforms import Strength
 
 _GENERATORS = ("generate", "generate_stream", "hf_generate")
 
@@ -85,6 +86,16 @@ class TokenTracker:
         columns = torch.arange(offset, offset + width, device=stream.device)[None]
         edge = torch.as_tensor(boundary, device=stream.device).reshape(-1, 1)
         return scope.mask(regions_at(columns.expand(len(edge), -1), edge))
+
+    def age(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "_rows pos"]:
+        """How many generated tokens there are up to each token of ``stream``: 0 in the prompt, 1 at the first one.
+
+        To be called after :meth:`mask`, for the same stream.
+        """
+        (offset, width), boundary = self._columns, self.boundary
+        columns = torch.arange(offset, offset + width, device=stream.device)[None]
+        edge = torch.as_tensor(boundary, device=stream.device).reshape(-1, 1)
+        return (columns - edge + 1).clamp(min=0).to(torch.float32)
 
     @contextmanager
     def prompt(self, columns: "int | Sequence[int] | Int[Tensor, ' batch']") -> Iterator[None]:
@@ -173,6 +184,11 @@ class _Generation:
             yield piece
 
 
+def _buffer(name: str, index: int) -> str:
+    """Where a module keeps a transform's tensor; buffers may have no dot in their names."""
+    return f"{name.replace('.', '__')}_{index}"
+
+
 class SteeringModule(nn.Module):
     """What steers one site: the interventions of one plan there, in order, between three HookPoints."""
 
@@ -185,7 +201,7 @@ class SteeringModule(nn.Module):
         self.interventions = tuple(interventions)
         for index, intervention in enumerate(interventions):
             for name, tensor in intervention.transform.tensors().items():
-                self.register_buffer(f"{name}_{index}", tensor.clone(), persistent=False)
+                self.register_buffer(_buffer(name, index), tensor.clone(), persistent=False)
 
     def forward(self, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The stream as it goes on: ``hook_pre + hook_delta``."""
@@ -196,8 +212,11 @@ class SteeringModule(nn.Module):
             if mask is False:
                 continue
             names = intervention.transform.tensors()
-            tensors = {name: getattr(self, f"{name}_{index}") for name in names}
-            delta = intervention.transform.delta(stream + total if index else stream, tensors, intervention.strength)
+            tensors = {name: getattr(self, _buffer(name, index)) for name in names}
+            strength: Strength = intervention.strength
+            if intervention.half_life is not None:
+                strength = strength * (-self.tracker.age(stream) / intervention.half_life).exp2()[..., None]
+            delta = intervention.transform.delta(stream + total if index else stream, tensors, strength)
             if mask is not True:
                 delta = torch.where(mask[..., None], delta, 0.0)
             total = total + delta
@@ -361,12 +380,26 @@ def check_fits(adapter: Adapter, plan: SteeringPlan) -> None:
     for i in plan.interventions:
         check_layer(i.layer, adapter.n_layers, adapter.name)
         adapter.point(i.layer, i.site)
-        for name, tensor in i.transform.tensors().items():
-            if tensor.shape[-1] != adapter.d_model:
-                raise PlanError(
-                    f"the {name} of {i.describe()} has {tensor.shape[-1]} entries, "
-                    f"{adapter.name} has d_model = {adapter.d_model}"
-                )
+        width = getattr(i.transform, "d_model", adapter.d_model)
+        if width != adapter.d_model:
+            raise PlanError(
+                f"the direction of {i.describe()} has {width} entries, {adapter.name} has d_model = {adapter.d_model}"
+            )
+    _check_centred(adapter, plan)
     devices = {p.device.type for p in adapter.block(0).parameters()}
     if "meta" in devices:
         raise ModelError(f"{adapter.name} is on the meta device and has no weights; load them first")
+
+
+def _check_centred(adapter: Adapter, plan: SteeringPlan) -> None:
+    """Raise :class:`PlanError` where a plan reads projections that the model's weight processing has moved."""
+    made, now = plan.provenance.weight_processing, adapter.provenance.weight_processing
+    if not made or made == now or not str(adapter.cfg.normalization_type).startswith("LN"):
+        return
+    reading = [i for i in plan.interventions if getattr(i.transform, "reads_projection", False)]
+    if reading and not SteeringPlan(tuple(reading)).is_centred:
+        raise PlanError(
+            f"{reading[0].describe()} reads projections on a direction that is not centred, made on weights with "
+            f"processing {made!r}; {adapter.name} has LayerNorm and processing {now!r}, so the streams differ by their "
+            "mean. Attach plan.centred()"
+        )

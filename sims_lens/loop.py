@@ -540,7 +540,9 @@ class _Loop:
             folder.spend(phase, {"seconds": time.perf_counter() - start, **cost})
 
     def _provenance(self, source: str) -> Any:
-        return replace(self.adapter.provenance, source=f"{source}, config {self.config.digest}")
+        return replace(
+            self.adapter.provenance, source=f"{source}, config {self.config.digest}", config=self.config.digest
+        )
 
 
 def choose_layer(found: Mapping[int, Evaluation], max_nll: float) -> int:

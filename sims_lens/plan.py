@@ -7,23 +7,28 @@ it. It is frozen, it knows no model, and it travels as one safetensors file that
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.errors import PlanError
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_site, hook_name
-from sims_lens.transforms import TRANSFORMS, Addition, Transform, checked_vector
+from sims_lens.transforms import Addition, Transform, checked_vector, dump, label, restore
 
 Units = Literal["absolute", "residual_norm"]
 
 FORMAT = "sims_lens.plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: additions only. 2: every transform of :mod:`sims_lens.transforms`, ``half_life``, ``centred``, ``config``."""
+
+_CENTRED = 1e-5
+"""A unit direction counts as centred when its entries' mean, times the root of their number, is below this."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Provenance:
         weight_processing: what TransformerLens did to the weights ("none", "folded", ...).
         n_layers, d_model: the shape that the plan needs.
         source: what made the plan, in words, for instance "improve, iteration 3, config 5f2c".
+        config: digest of the settings that made it, see ``SIMSConfig.digest``.
     """
 
     model: str = ""
@@ -44,6 +50,7 @@ class Provenance:
     n_layers: int = 0
     d_model: int = 0
     source: str = ""
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,13 @@ class Intervention:
         site: one of ``resid_pre``, ``resid_post``, ``attn_out``, ``mlp_out``.
         transform: what to do there.
         coefficient: how strongly, in ``units``.
-        units: ``"absolute"`` multiplies the transform's vector as it is; ``"residual_norm"`` counts in multiples of
-            the median norm of the residual stream at that site (first position left out), and needs a unit vector.
+        units: ``"absolute"`` takes the coefficient as the transform's strength; ``"residual_norm"`` multiplies it by
+            the median norm of the residual stream at that site (first position left out). The latter needs a transform
+            whose strength is a length, an activation addition, and there a unit vector.
         scope: which tokens.
         residual_norm: that median, where it is known; otherwise it is measured when the plan is attached.
+        half_life: generated tokens after which the strength has fallen by half: the n-th one gets
+            ``2 ** (-n / half_life)`` of it, the prompt all of it. None for no decay.
     """
 
     layer: int
@@ -68,6 +78,7 @@ class Intervention:
     units: str = "absolute"
     scope: TokenScope = GENERATION
     residual_norm: float | None = None
+    half_life: float | None = None
 
     def __post_init__(self) -> None:
         check_site(self.site)
@@ -82,6 +93,14 @@ class Intervention:
         norm = self.residual_norm
         if norm is not None and not (isinstance(norm, (int, float)) and math.isfinite(norm) and norm > 0):
             raise PlanError(f"residual_norm must be a positive number, got {norm!r}")
+        if self.units == "residual_norm" and not getattr(self.transform, "strength_is_length", True):
+            raise PlanError(
+                f"the strength of a {label(self.transform)} is no length, so it has no residual_norm units; "
+                "use units='absolute'"
+            )
+        life = self.half_life
+        if life is not None and not (type(life) in (int, float) and math.isfinite(life) and life > 0):
+            raise PlanError(f"half_life must be a positive number of generated tokens, got {life!r}")
 
     @property
     def strength(self) -> float:
@@ -100,14 +119,15 @@ class Intervention:
         return float(self.coefficient) * self.residual_norm
 
     def describe(self) -> str:
-        """One line: hook point, transform, coefficient with its unit, scope."""
+        """One line: hook point, transform, coefficient with its unit, scope, decay."""
         if self.units == "absolute":
             amount = f"{self.coefficient:+g}"
         elif self.residual_norm is None:
             amount = f"{self.coefficient:+g} x residual norm"
         else:
             amount = f"{self.coefficient:+g} x residual norm ({self.residual_norm:.4g})"
-        return f"{hook_name(self.layer, self.site)}  {self.transform.kind}  {amount}  on {self.scope.name}"
+        decay = "" if self.half_life is None else f", half as strong after {self.half_life:g} generated tokens"
+        return f"{hook_name(self.layer, self.site)}  {label(self.transform)}  {amount}  on {self.scope.name}{decay}"
 
 
 @dataclass(frozen=True)
@@ -185,6 +205,38 @@ class SteeringPlan:
             raise PlanError(f"vectors of one plan must have one size, got {sorted(sizes)}")
         return cls(tuple(interventions), provenance or Provenance())
 
+    @classmethod
+    def of(
+        cls,
+        transforms: Mapping[int, Transform],
+        *,
+        coefficient: float = 1.0,
+        site: str = "resid_post",
+        scope: TokenScope | str = GENERATION,
+        half_life: float | None = None,
+        provenance: Provenance | None = None,
+    ) -> "SteeringPlan":
+        """Any transform per layer, for instance ``SteeringPlan.of({14: sims.Ablation(direction)})``.
+
+        Args:
+            transforms: what to do at each layer.
+            coefficient: the strength, in the transform's own terms (:mod:`sims_lens.transforms`).
+            site: where in the block.
+            scope: which tokens.
+            half_life: see :class:`Intervention`.
+            provenance: where the directions came from.
+
+        Raises:
+            PlanError: no transforms, or an unknown site or scope.
+        """
+        if not isinstance(transforms, Mapping) or not transforms:
+            raise PlanError(f"transforms must map layers to transforms, as {{14: Ablation(v)}}; got {transforms!r}")
+        made = [
+            Intervention(layer, site, transforms[layer], coefficient, scope=TokenScope.of(scope), half_life=half_life)
+            for layer in sorted(transforms)
+        ]
+        return cls(tuple(made), provenance or Provenance())
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that are steered, ascending."""
@@ -206,11 +258,98 @@ class SteeringPlan:
             )
         return SteeringPlan(self.interventions + other.interventions, provenance)
 
+    def __sub__(self, other: "SteeringPlan") -> "SteeringPlan":
+        return self + -other if isinstance(other, SteeringPlan) else NotImplemented
+
+    def __neg__(self) -> "SteeringPlan":
+        return self.scaled(-1.0)
+
+    def __mul__(self, factor: float) -> "SteeringPlan":
+        return self.scaled(factor) if isinstance(factor, (int, float)) else NotImplemented
+
+    __rmul__ = __mul__
+
     def scaled(self, factor: float) -> "SteeringPlan":
-        """The same plan with every coefficient multiplied by ``factor``."""
-        return replace(
-            self, interventions=tuple(replace(i, coefficient=factor * i.coefficient) for i in self.interventions)
+        """The same plan with every coefficient multiplied by ``factor``; ``factor * plan`` is the same."""
+        return self._each(lambda i: replace(i, coefficient=factor * i.coefficient))
+
+    def on(self, scope: TokenScope | str) -> "SteeringPlan":
+        """The same plan on other tokens."""
+        chosen = TokenScope.of(scope)
+        return self._each(lambda i: replace(i, scope=chosen))
+
+    def decaying(self, half_life: float | None) -> "SteeringPlan":
+        """The same plan with a strength that halves every ``half_life`` generated tokens; None for no decay."""
+        return self._each(lambda i: replace(i, half_life=half_life))
+
+    def using(self, transform: Callable[[Tensor], Transform], coefficient: float = 1.0) -> "SteeringPlan":
+        """Another transform along the same directions, at the same sites and tokens.
+
+        Args:
+            transform: makes one of a unit direction: ``sims.Ablation``, ``sims.Rotation``, or
+                ``lambda direction: sims.Clamp(direction, 4.0)``.
+            coefficient: its strength. For ``sims.Addition`` that is the norm of what is added.
+
+        Raises:
+            PlanError: a transform of this plan has no direction.
+        """
+        return self._each(
+            lambda i: replace(
+                i, transform=transform(_direction(i)), coefficient=coefficient, units="absolute", residual_norm=None
+            )
         )
+
+    def centred(self) -> "SteeringPlan":
+        """The same plan with the mean of each direction's entries taken off.
+
+        On a model with LayerNorm the stream's mean is never read, and TransformerLens' weight processing removes it;
+        a centred direction means the same with and without.
+        """
+        return self._each(lambda i: _mapped(i, lambda vector: vector - vector.mean()))
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether every direction has mean zero."""
+
+        def raw(i: Intervention) -> Tensor:
+            return (i.transform.vector if isinstance(i.transform, Addition) else _direction(i)).detach()
+
+        vectors = [raw(i) for i in self.interventions]
+        return all(abs(float(v.mean())) * math.sqrt(len(v)) <= _CENTRED * float(v.norm()) for v in vectors)
+
+    def orthogonal_to(self, other: "SteeringPlan") -> "SteeringPlan":
+        """This plan without what its directions share with those of ``other`` at the same layer and site.
+
+        An addition keeps what is left of its vector, so it becomes weaker by the share that it loses; the direction of
+        any other transform is taken at norm 1 again. Directions of ``other`` that overlap are orthonormalised first.
+
+        Raises:
+            PlanError: nothing is left of a direction, or a transform has none.
+        """
+        shared: dict[tuple[int, str], list[Tensor]] = {}
+        for i in other.interventions:
+            shared.setdefault((i.layer, i.site), []).append(_direction(i).double())
+
+        def without(i: Intervention) -> Intervention:
+            found = shared.get((i.layer, i.site))
+            if not found:
+                return i
+            basis, values, _ = torch.linalg.svd(torch.stack(found, dim=1), full_matrices=False)
+            basis = basis[:, values > 1e-6 * values[0]]
+
+            def project(vector: Tensor) -> Tensor:
+                left = vector.double() - basis @ (basis.T @ vector.double())
+                if float(left.norm()) < 1e-5 * float(vector.norm()):
+                    raise PlanError(f"nothing is left of {i.describe()}: the other plan has the same direction there")
+                remaining: Tensor = left.float()
+                return remaining
+
+            return _mapped(i, project)
+
+        return self._each(without)
+
+    def _each(self, change: Callable[[Intervention], Intervention]) -> "SteeringPlan":
+        return replace(self, interventions=tuple(change(i) for i in self.interventions))
 
     def restrict(self, layers: Iterable[int]) -> "SteeringPlan":
         """Only the interventions at these layers.
@@ -252,25 +391,24 @@ class SteeringPlan:
         tensors: dict[str, Tensor] = {}
         described = []
         for index, i in enumerate(self.interventions):
-            names = {}
-            for name, tensor in i.transform.tensors().items():
-                names[name] = f"{index}.{name}"
-                tensors[names[name]] = tensor.detach().contiguous().clone()
+            what, named = dump(i.transform, str(index))
+            tensors |= named
             described.append(
                 {
+                    **what,
                     "layer": i.layer,
                     "site": i.site,
-                    "transform": i.transform.kind,
-                    "tensors": names,
                     "coefficient": i.coefficient,
                     "units": i.units,
                     "scope": i.scope.to_json(),
                     "residual_norm": i.residual_norm,
+                    "half_life": i.half_life,
                 }
             )
         header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
+            "centred": self.is_centred,
             "provenance": asdict(self.provenance),
             "interventions": described,
         }
@@ -317,18 +455,16 @@ class SteeringPlan:
         known = {f.name for f in fields(Provenance)}
         interventions = []
         for entry in header["interventions"]:
-            if entry["transform"] not in TRANSFORMS:
-                raise PlanError(f"transform {entry['transform']!r} is not one of {', '.join(TRANSFORMS)}")
-            parts = {name: tensors[key] for name, key in entry["tensors"].items()}
             interventions.append(
                 Intervention(
                     layer=entry["layer"],
                     site=entry["site"],
-                    transform=TRANSFORMS[entry["transform"]](**parts),
+                    transform=restore(entry, tensors),
                     coefficient=entry["coefficient"],
                     units=entry["units"],
                     scope=TokenScope(**entry["scope"]),
                     residual_norm=entry["residual_norm"],
+                    half_life=entry.get("half_life"),  # absent in version 1
                 )
             )
         provenance = Provenance(**{k: v for k, v in header["provenance"].items() if k in known})
@@ -345,7 +481,7 @@ class SteeringPlan:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td><code>{hook_name(i.layer, i.site)}</code></td><td>{html.escape(i.transform.kind)}</td>"
+            f"<tr><td><code>{hook_name(i.layer, i.site)}</code></td><td>{html.escape(label(i.transform))}</td>"
             f"<td>{i.coefficient:+g} {'&times; residual norm' if i.units == 'residual_norm' else ''}</td>"
             f"<td>{'' if i.residual_norm is None else f'{i.residual_norm:.4g}'}</td>"
             f"<td>{html.escape(i.scope.name)}</td></tr>"
@@ -357,6 +493,25 @@ class SteeringPlan:
             "<th>hook point</th><th>transform</th><th>coefficient</th><th>median residual norm</th><th>tokens</th>"
             f"</tr></thead><tbody>{rows}</tbody></table>"
         )
+
+
+def _direction(i: Intervention) -> Float[Tensor, " d_model"]:
+    found = getattr(i.transform, "direction", None)
+    if not isinstance(found, Tensor):
+        raise PlanError(f"{i.describe()} has no direction")
+    return found
+
+
+def _mapped(i: Intervention, change: Callable[[Tensor], Tensor]) -> Intervention:
+    """The intervention with ``change`` applied to its direction; an addition's length stays in its coefficient."""
+    if not hasattr(i.transform, "mapped"):
+        raise PlanError(f"{i.describe()} has no direction")
+    if i.units == "absolute":
+        return replace(i, transform=i.transform.mapped(change))
+    factor = float(change(_direction(i)).norm())
+    return replace(
+        i, transform=i.transform.mapped(lambda vector: change(vector) / factor), coefficient=factor * i.coefficient
+    )
 
 
 NOTHING = SteeringPlan(())

@@ -336,7 +336,7 @@ def test_rewriting_alone_is_no_damage(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, t: h.update(version=2), r"format version 2 is not one that this sims_lens reads \(1\.\.1\); update"),
+        (lambda h, t: h.update(version=3), r"format version 3 is not one that this sims_lens reads \(1..2\); update"),
         (lambda h, t: h.update(version="1"), "format version '1'"),
         (lambda h, t: h.update(format="other"), "format 'other' is not 'sims_lens.plan'"),
         (lambda h, t: [], "TypeError"),
@@ -369,7 +369,7 @@ def test_files_that_are_no_plans_are_refused(saved: Path, tmp_path: Path) -> Non
         "text": (b"SteeringPlan", "is not a readable safetensors file"),
         "truncated": (content[:-40], "is not a readable safetensors file"),
         "half a header": (content[:100], "is not a readable safetensors file"),
-        "no json": (content.replace(b'{\\"format\\"', b'x\\"format\\"'), "is damaged or not of this format"),
+        "no json": (content.replace(b'{\\"centred\\"', b'x\\"centred\\"'), "is damaged or not of this format"),
     }
     for name, (data, message) in cases.items():
         (tmp_path / name).write_bytes(data)
