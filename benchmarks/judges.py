@@ -49,18 +49,20 @@ def table(rows: list[dict]) -> str:
         return "" if interval is None else f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
     lines = [
-        "| form | criterion | shuffled words | other prompt's answer | position consistency | first shown wins "
-        "| VADER agrees best > worst | tokens per response judged | verdict |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| form | criterion | shuffled words | other prompt's answer | truncated | position consistency "
+        "| first shown wins | VADER agrees best > worst | unparsable | tokens per response judged | verdict |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         a = Audit.from_json(row["audit"])
         vader = Audit.from_json(row["vader"]).reference_accuracy if row["vader"] else None
         consistency = a.single_order_consistency or a.position_consistency
         judged = max(1, 3 * a.responses + 12 * a.prompts * 2)
+        failed, answers = row["unparsable"]
         lines.append(
             f"| {row['form']} | {row['criterion']} | {cell(a.known_shuffled)} | {cell(a.known_other)} "
-            f"| {cell(consistency)} | {cell(a.first_wins)} | {cell(vader)} "
+            f"| {cell(a.known_truncated)} | {cell(consistency)} | {cell(a.first_wins)} | {cell(vader)} "
+            f"| {f'{failed} of {answers}' if answers else ''} "
             f"| {(a.cost.prefill + a.cost.decode) / judged:.0f} | {a.verdict} |"
         )
     return "\n".join(lines)

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sims_lens import plots
+    from sims_lens import export, plots
     from sims_lens.activations import capture, residual_norms
     from sims_lens.adapter import restride
+    from sims_lens.analysis import interaction
     from sims_lens.auditing import audit
+    from sims_lens.behaviour import PairBehaviour
+    from sims_lens.calibration import Calibration, FluencyBudget, calibrate
     from sims_lens.config import (
         ContrastConfig,
         EvaluationConfig,
@@ -26,8 +29,20 @@ if TYPE_CHECKING:
         SteeringConfig,
     )
     from sims_lens.errors import SimsError
+    from sims_lens.estimators import (
+        PCA,
+        HouseholderRotation,
+        LogisticProbe,
+        MassMean,
+        MeanDifference,
+        RandomDirection,
+        ShuffledLabels,
+        WhitenedMeanDifference,
+        fit_quality,
+    )
     from sims_lens.evaluate import Evaluation
     from sims_lens.hooks import Steering, attach, resolve, steering
+    from sims_lens.hub import from_hub, model_card, push_to_hub
     from sims_lens.loop import improve
     from sims_lens.models import load
     from sims_lens.plan import SteeringPlan
@@ -38,28 +53,48 @@ if TYPE_CHECKING:
     from sims_lens.run import Run, open_run
     from sims_lens.sampling import LocalSampler
     from sims_lens.scope import TokenScope
+    from sims_lens.supervised import SteeringFit, fit, read_pairs
+    from sims_lens.transforms import HPR, Ablation, Addition, Amplification, Clamp, Gated, Rotation
 
 _HOME = {
-    "plots": "plots",
+    "capture": "activations",
+    "residual_norms": "activations",
     "restride": "adapter",
+    "interaction": "analysis",
     "audit": "auditing",
+    "PairBehaviour": "behaviour",
+    "Calibration": "calibration",
+    "FluencyBudget": "calibration",
+    "calibrate": "calibration",
+    "ContrastConfig": "config",
+    "EvaluationConfig": "config",
+    "RankingConfig": "config",
+    "SIMSConfig": "config",
+    "SamplingConfig": "config",
+    "SteeringConfig": "config",
+    "SimsError": "errors",
+    "HouseholderRotation": "estimators",
+    "LogisticProbe": "estimators",
+    "MassMean": "estimators",
+    "MeanDifference": "estimators",
+    "PCA": "estimators",
+    "RandomDirection": "estimators",
+    "ShuffledLabels": "estimators",
+    "WhitenedMeanDifference": "estimators",
+    "fit_quality": "estimators",
+    "Evaluation": "evaluate",
+    "export": "export",
     "Steering": "hooks",
     "attach": "hooks",
     "resolve": "hooks",
     "steering": "hooks",
-    "capture": "activations",
-    "residual_norms": "activations",
-    "ContrastConfig": "config",
-    "EvaluationConfig": "config",
-    "RankingConfig": "config",
-    "SamplingConfig": "config",
-    "SIMSConfig": "config",
-    "SteeringConfig": "config",
-    "SimsError": "errors",
-    "Evaluation": "evaluate",
+    "from_hub": "hub",
+    "model_card": "hub",
+    "push_to_hub": "hub",
     "improve": "loop",
     "load": "models",
     "SteeringPlan": "plan",
+    "plots": "plots",
     "everyday": "prompts",
     "read_prompts": "prompts",
     "CachedRanker": "rankers",
@@ -68,45 +103,86 @@ _HOME = {
     "PairRM": "rankers",
     "ReadingEase": "rankers",
     "RewardModel": "rankers",
-    "SelfJudge": "rankers.self_judge",
     "Vader": "rankers",
+    "SelfJudge": "rankers.self_judge",
     "write_report": "report",
     "Run": "run",
     "open_run": "run",
     "LocalSampler": "sampling",
     "TokenScope": "scope",
+    "SteeringFit": "supervised",
+    "fit": "supervised",
+    "read_pairs": "supervised",
+    "Ablation": "transforms",
+    "Addition": "transforms",
+    "Amplification": "transforms",
+    "Clamp": "transforms",
+    "Gated": "transforms",
+    "HPR": "transforms",
+    "Rotation": "transforms",
 }
 
+_NAMESPACES = ("export", "plots")
+"""Public names that are modules: ``sims.plots.win_rate(run)``."""
+
 __all__ = [
+    "Ablation",
+    "Addition",
+    "Amplification",
     "CachedRanker",
+    "Calibration",
+    "Clamp",
     "ContrastConfig",
     "EndpointJudge",
     "Ensemble",
     "Evaluation",
     "EvaluationConfig",
+    "FluencyBudget",
+    "Gated",
+    "HPR",
+    "HouseholderRotation",
     "LocalSampler",
+    "LogisticProbe",
+    "MassMean",
+    "MeanDifference",
+    "PCA",
+    "PairBehaviour",
     "PairRM",
+    "RandomDirection",
     "RankingConfig",
     "ReadingEase",
     "RewardModel",
+    "Rotation",
     "Run",
     "SIMSConfig",
     "SamplingConfig",
     "SelfJudge",
+    "ShuffledLabels",
     "SimsError",
     "Steering",
     "SteeringConfig",
+    "SteeringFit",
     "SteeringPlan",
     "TokenScope",
     "Vader",
+    "WhitenedMeanDifference",
     "attach",
     "audit",
+    "calibrate",
     "capture",
     "everyday",
+    "export",
+    "fit",
+    "fit_quality",
+    "from_hub",
     "improve",
+    "interaction",
     "load",
+    "model_card",
     "open_run",
     "plots",
+    "push_to_hub",
+    "read_pairs",
     "read_prompts",
     "residual_norms",
     "resolve",
@@ -120,7 +196,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'sims_lens' has no attribute {name!r}; see sims_lens.__all__")
     module = import_module(f"sims_lens.{_HOME[name]}")
-    value = module if name == "plots" else getattr(module, name)
+    value = module if name in _NAMESPACES else getattr(module, name)
     globals()[name] = value
     return value
 

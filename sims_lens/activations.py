@@ -6,7 +6,7 @@ of layers times the length of the batch.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.errors import ModelError
 from sims_lens.prompts import everyday
 from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
+from sims_lens.sites import check_layer
 
 Row = tuple[Sequence[int], Sequence[int]]
 """A sequence as (prompt token ids, response token ids)."""
@@ -63,14 +64,97 @@ def capture(
     Raises:
         ModelError: a row has no token in scope.
     """
+    n_layers, d_model = adapt(model).n_layers, adapt(model).d_model
+    means = torch.empty(len(rows), n_layers, d_model)
+    norms: list[list[Tensor]] = [[] for _ in range(n_layers)]
+
+    def read(seen: _Seen, stream: Float[Tensor, "batch pos d_model"]) -> None:
+        means[seen.rows, seen.layer] = masked_mean(stream, seen.wanted).cpu()
+        norms[seen.layer].append(stream.norm(dim=-1)[seen.wanted & ~seen.first].cpu())
+
+    _forward(model, rows, read, site=site, scope=scope, batch_rows=batch_rows, advance=advance)
+    medians = [torch.cat(values).median() if values else torch.tensor(torch.nan) for values in norms]
+    return Activations(means=means, median_norm=torch.stack(medians))
+
+
+def capture_tokens(
+    model: Any,
+    rows: Sequence[Row],
+    *,
+    layers: Sequence[int] | None = None,
+    site: str = "resid_post",
+    scope: TokenScope | str = RESPONSE,
+    batch_rows: int = 32,
+    advance: Callable[[int], None] | None = None,
+) -> list[Float[Tensor, "_pos layer d_model"]]:
+    """Like :func:`capture`, but every token in scope, for estimators that need them (HPR).
+
+    Memory grows with the tokens: 4 bytes * tokens * layers * d_model; choose layers where that is too much.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        rows: prompt and response token ids of each sequence.
+        layers: which; all of them where None.
+        site: where in every block.
+        scope: which tokens.
+        batch_rows: sequences in one forward pass.
+        advance: called with the number of rows after each pass, for a progress bar.
+
+    Returns:
+        For each row its tokens in scope, in order, float32, on the CPU.
+
+    Raises:
+        ModelError: a row has no token in scope.
+        PlanError: the model has no such layer.
+    """
+    adapter = adapt(model)
+    chosen = list(range(adapter.n_layers) if layers is None else layers)
+    for layer in chosen:
+        check_layer(layer, adapter.n_layers, adapter.name)
+    place = {layer: index for index, layer in enumerate(chosen)}
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+
+    def read(seen: _Seen, stream: Float[Tensor, "batch pos d_model"]) -> None:
+        if seen.layer not in place:
+            return
+        for row, values, wanted in zip(seen.rows, stream, seen.wanted, strict=True):
+            kept = values[wanted].cpu()
+            if not len(found[row]):
+                with torch.inference_mode(False):  # or no estimator could train on it
+                    found[row] = torch.empty(len(kept), len(chosen), adapter.d_model)
+            found[row][:, place[seen.layer]] = kept
+
+    _forward(model, rows, read, site=site, scope=scope, batch_rows=batch_rows, advance=advance)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a stream that is being read is: a layer's, of these rows, with the tokens that count."""
+
+    layer: int
+    rows: list[int]
+    wanted: Bool[Tensor, "batch pos"]
+    first: Bool[Tensor, "batch pos"]
+
+
+def _forward(
+    model: Any,
+    rows: Sequence[Row],
+    read: Callable[[_Seen, Tensor], None],
+    *,
+    site: str,
+    scope: TokenScope | str,
+    batch_rows: int,
+    advance: Callable[[int], None] | None,
+) -> None:
+    """Run the rows through the model, those of a length together, and hand every block's stream to ``read``."""
     scope = TokenScope.of(scope)
     adapter = adapt(model)
     for index, (prompt, response) in enumerate(rows):
         length = len(prompt) + len(response)
         if not bool(scope.mask(left_padded_regions([len(prompt)], [length], length)).any()):
             raise ModelError(f"row {index} has no token in scope {scope.name!r}; leave such rows out")
-    means = torch.empty(len(rows), adapter.n_layers, adapter.d_model)
-    norms: list[list[Tensor]] = [[] for _ in range(adapter.n_layers)]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]))
     for start in range(0, len(order), batch_rows):
         batch = order[start : start + batch_rows]
@@ -79,21 +163,18 @@ def capture(
         regions = left_padded_regions([len(rows[i][0]) for i in batch], lengths, tokens.shape[1])
         wanted = scope.mask(regions).to(adapter.device)
         first = torch.arange(tokens.shape[1])[None] == (tokens.shape[1] - torch.tensor(lengths))[:, None]
-        counted = wanted & ~first.to(adapter.device)
+        seen = _Seen(0, batch, wanted, first.to(adapter.device))
 
-        def read(layer: int, stream: Tensor, wanted: Tensor = wanted, counted: Tensor = counted) -> None:
-            means[batch, layer] = masked_mean(stream.float(), wanted).cpu()  # noqa: B023
-            norms[layer].append(stream.float().norm(dim=-1)[counted].cpu())
+        def at(layer: int, stream: Tensor, seen: _Seen = seen) -> None:
+            read(replace(seen, layer=layer), stream.float())
 
         boundary = [tokens.shape[1] - len(rows[i][1]) for i in batch]
         tracker = model.__dict__.get(TRACKER)
         declared = tracker.prompt(boundary) if tracker is not None else nullcontext()
-        with torch.inference_mode(), listening(adapter, site, read), declared:
+        with torch.inference_mode(), listening(adapter, site, at), declared:
             adapter.logits(tokens, mask, keep=1)
         if advance is not None:
             advance(len(batch))
-    medians = [torch.cat(values).median() if values else torch.tensor(torch.nan) for values in norms]
-    return Activations(means=means, median_norm=torch.stack(medians))
 
 
 def masked_mean(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sims_lens.errors import ModelError, PlanError, PromptError
+from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.plan import Provenance
 from sims_lens.sites import hook_name
 
@@ -105,6 +105,20 @@ class Adapter(ABC):
                 ids = [bos, *ids]
         if not ids:
             raise PromptError(f"prompt {prompt[:60]!r} has no tokens for {self.name}")
+        return ids
+
+    def encode_response(self, response: str) -> list[int]:
+        """Token ids of a response that is given as text: tokenised on its own, as it comes after the prompt's tokens.
+
+        Nothing is added, and special tokens written out stay plain text. Without a chat template the text should begin
+        as it would in a document, with a space where there is one.
+
+        Raises:
+            PromptError: nothing is left after tokenization.
+        """
+        ids = self._ids(response, plain=True)
+        if not ids:
+            raise PromptError(f"response {response[:60]!r} has no tokens for {self.name}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -378,6 +392,19 @@ def cached_length(call: Callable[[str], Any], arguments: Sequence[Any]) -> int:
         if hasattr(argument, "get_seq_length"):
             return int(argument.get_seq_length())
     return 0
+
+
+def check_lengths(adapter: Adapter, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Raise :class:`PromptError` unless every prompt leaves room for a response in the context."""
+    if max_new_tokens >= adapter.n_ctx:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens} does not fit the context of {adapter.n_ctx} tokens")
+    for index, prompt in enumerate(prompts):
+        length = len(adapter.encode(prompt))
+        if length + max_new_tokens > adapter.n_ctx:
+            raise PromptError(
+                f"prompt {index} ({prompt[:40]!r}...) has {length} tokens; with {max_new_tokens} new ones that is more "
+                f"than the context of {adapter.n_ctx}: shorten it or lower max_new_tokens"
+            )
 
 
 def left_pad(

@@ -1,4 +1,4 @@
-"""The command line: ``sims-lens demo | improve | generate | report``.
+"""The command line: ``sims-lens demo | improve | fit | generate | export | report``.
 
 Exit codes: 0 done, 2 something that was given can't be used (one line says what and what to do), 130 interrupted; an
 interrupted run goes on when the same command is given again.
@@ -15,9 +15,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 from sims_lens.config import SamplingConfig, SIMSConfig
-from sims_lens.errors import PlanError, SimsError
+from sims_lens.errors import ExportError, FitError, PlanError, SimsError
 
 if TYPE_CHECKING:
+    from sims_lens.plan import SteeringPlan
     from sims_lens.run import Run
 
 DEMO_PROMPTS = 125  # 56 to train on, 19 to choose the layer, 50 held out
@@ -30,8 +31,8 @@ class Demo:
 
     ranker: str = "reading-ease"
     """What the loop is to improve: reading-ease, vader, self (the model judges itself), or package.module:function."""
-    criterion: str = "more cheerful"
-    """What the model judges by, with --ranker self."""
+    criterion: str = "more helpful"
+    """What the model judges by, with --ranker self. The embedded model is no judge of every one: the audit says so."""
     evaluator: str | None = None
     """A second ranker that the loop never learns from, reported beside the first; vader with --ranker self."""
     out: Path = Path("runs/demo")
@@ -88,6 +89,102 @@ class Improve:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Fit a steering plan to contrast pairs that you have, without the loop."""
+
+    pairs: Path
+    """Contrast pairs, .jsonl or .csv, with "prompt", "positive" and "negative"."""
+    out: Path
+    """The plan file to write (.safetensors)."""
+    model: str = "embedded"
+    """Hub id, local folder, or "embedded"."""
+    revision: str | None = None
+    """Hub revision to pin."""
+    kind: str | None = None
+    """hooked or bridge; by default HookedTransformer where the installed TransformerLens has it."""
+    estimator: str = "mean_difference"
+    """mean_difference, pca, pca_classes, logistic_probe, mass_mean, whitened_mean_difference, hpr, or a null control:
+    random_direction, shuffled_mean_difference."""
+    layers: tuple[int, ...] = ()
+    """Where to steer; by default where positive and negative are told apart best on held-out pairs."""
+    site: str = "resid_post"
+    """resid_pre, resid_post, attn_out or mlp_out."""
+    coefficient: float | None = None
+    """Of an addition in units of the median residual norm, 0.2 by default; of any other transform its strength, 1."""
+    scope: str = "generation"
+    """The tokens that are steered: all, prompt, last_prompt, response or generation."""
+    seed: int = 0
+    """Of the held-out splits."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Fit, save and show."""
+        from sims_lens.estimators import ESTIMATORS
+        from sims_lens.models import load
+        from sims_lens.scope import TokenScope
+        from sims_lens.supervised import fit, read_pairs
+
+        if self.estimator not in ESTIMATORS:
+            raise FitError(f"estimator {self.estimator!r} is not one of {', '.join(ESTIMATORS)}")
+        scope = TokenScope.of(self.scope)
+        pairs = read_pairs(self.pairs)
+        if not self.out.parent.is_dir():
+            raise PlanError(f"folder {self.out.parent} does not exist; create it first")
+        print(f"loading {self.model} ...", file=sys.stderr, flush=True)
+        model = load(self.model, revision=self.revision, kind=self.kind)
+        found = fit(model, pairs, estimator=ESTIMATORS[self.estimator](), site=self.site, seed=self.seed)
+        plan = found.plan(self.layers or None, coefficient=self.coefficient, scope=scope)
+        plan.save(self.out)
+        print(found)
+        print(f"\n{plan}\n\nsaved: {self.out}")
+        print(f'try it:  sims-lens generate --run {self.out} --prompt "Tell me about the sea."')
+        return {
+            "plan": str(self.out),
+            "layers": list(plan.layers),
+            "quality": found.table().reset_index().to_dict("list"),
+        }
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's plan, or a plan file, for another tool; refused where that tool would steer differently."""
+
+    run_dir: Annotated[Path, arg(name="run")]
+    """A run directory, or a plan file (.safetensors)."""
+    to: str
+    """baked (a checkpoint folder for any engine), gguf (llama.cpp), lm-eval, steerkit or vllm."""
+    out: Path
+    """The file or folder to write."""
+    all_tokens: bool = False
+    """Export the plan as it would act on every token: most formats can't hold any other scope."""
+    model: str | None = None
+    """Hub id, local folder or "embedded"; by default the model that the plan was made on."""
+    kind: str | None = None
+    """hooked or bridge."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Export and say how near it is to the native run."""
+        from sims_lens import export
+
+        formats = {
+            "baked": export.bake,
+            "gguf": export.to_gguf,
+            "lm-eval": export.to_lm_eval,
+            "steerkit": export.to_steerkit,
+            "vllm": export.to_vllm,
+        }
+        if self.to not in formats:
+            raise ExportError(f"format {self.to!r} is not one of {', '.join(formats)}")
+        plan, model = _planned(self.run_dir, self.model, self.kind)
+        done = formats[self.to](model, plan.on("all") if self.all_tokens else plan, self.out)
+        print(done)
+        return {"path": str(done.path), "format": done.format, "error": done.error, "tokens": done.tokens}
+
+
+@dataclass(frozen=True)
 class Generate:
     """Answer prompts with the base model and the steered one, side by side."""
 
@@ -112,19 +209,15 @@ class Generate:
 
     def run(self) -> dict[str, Any]:
         """Sample and print."""
-        from sims_lens.models import EMBEDDED, load
-        from sims_lens.plan import NOTHING, SteeringPlan
+        from sims_lens.plan import NOTHING
         from sims_lens.prompts import check_prompts
-        from sims_lens.run import open_run
         from sims_lens.sampling import LocalSampler
 
         prompts = check_prompts(self.prompt)
         sampling = SamplingConfig(max_new_tokens=self.max_new_tokens)
         if self.samples < 1:
             raise PlanError(f"samples must be at least 1, got {self.samples}")
-        plan = SteeringPlan.load(self.run_dir) if self.run_dir.is_file() else open_run(self.run_dir).plan
-        name = self.model or plan.provenance.model
-        model = load("embedded" if name in (EMBEDDED, "") else name, kind=self.kind)
+        plan, model = _planned(self.run_dir, self.model, self.kind)
         sampler = LocalSampler(model, sampling)
         answers = {
             label: sorted(
@@ -164,7 +257,25 @@ class Report:
         return {**summary(run), "report": str(path)}
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": Demo, "improve": Improve, "generate": Generate, "report": Report}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": Demo,
+    "improve": Improve,
+    "fit": Fit,
+    "generate": Generate,
+    "export": Export,
+    "report": Report,
+}
+
+
+def _planned(path: Path, name: str | None, kind: str | None) -> tuple["SteeringPlan", Any]:
+    """The plan of a run directory or a file, and the model to steer: the one given, or that it was made on."""
+    from sims_lens.models import EMBEDDED, load
+    from sims_lens.plan import SteeringPlan
+    from sims_lens.run import open_run
+
+    plan = SteeringPlan.load(path) if path.is_file() else open_run(path).plan
+    name = name or plan.provenance.model
+    return plan, load("embedded" if name in (EMBEDDED, "") else name, kind=kind)
 
 
 @dataclass(frozen=True)

@@ -35,3 +35,11 @@ class BankError(SimsError, ValueError):
 
 class RunError(SimsError, ValueError):
     """A run directory is damaged, holds another run, or has nothing to go on with."""
+
+
+class FitError(SimsError, ValueError):
+    """A direction or a transform cannot be fitted to the activations that were given."""
+
+
+class ExportError(SimsError, ValueError):
+    """A plan can't be written in another tool's format without changing what it does, or a file can't be read."""

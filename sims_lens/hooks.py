@@ -11,6 +11,7 @@ them. The stream that goes on is ``hook_pre + hook_delta``, so a zeroed ``hook_d
 model. Everything is undone when the block ends, however it ends.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -376,6 +377,13 @@ def check_fits(adapter: Adapter, plan: SteeringPlan) -> None:
         raise PlanError(
             f"this plan was made for {wanted.model!r}, the model is {adapter.name!r}; "
             "if you know that it fits, attach plan.unbound()"
+        )
+    now = adapter.provenance.revision
+    if wanted.model and wanted.revision and now and wanted.revision != now:  # often just another README
+        warnings.warn(
+            f"this plan was made on revision {wanted.revision} of {adapter.name}, the model is revision {now}; load "
+            "that revision if the weights have changed",
+            stacklevel=4,
         )
     for i in plan.interventions:
         check_layer(i.layer, adapter.n_layers, adapter.name)

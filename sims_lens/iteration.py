@@ -1,4 +1,4 @@
-"""One turn of the loop, without the disk: rank, contrast, capture, fit, compose.
+"""One turn of the loop, without the disk: capture, fit, compose.
 
 Notation. For layer l and iteration t, d_t is the mean difference of the pairs' activations, u_t = d_t / |d_t| its
 direction, m the median norm of the base model's responses at the site, c the total strength, T the number of
@@ -14,7 +14,7 @@ Replacing keeps the dose constant and throws away what earlier iterations found.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +25,10 @@ from sims_lens.activations import capture
 from sims_lens.adapter import adapt
 from sims_lens.config import SIMSConfig, SteeringConfig
 from sims_lens.contrast import Contrast
-from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RunError
-from sims_lens.fit import mean_difference, shuffled_mean_differences, split_half_cosine, unit
+from sims_lens.estimators import mean_difference, shuffled_mean_differences, split_half_cosine, unit
 from sims_lens.hooks import steering
 from sims_lens.plan import Provenance, SteeringPlan
-from sims_lens.rankers import CheckedRanker
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +46,6 @@ class Fit:
     shuffled: Float[Tensor, "control layer d_model"]
     median_norm: Float[Tensor, " layer"]
     split_half: Float[Tensor, " layer"]
-
-
-def rank(ranker: CheckedRanker, prompts: Sequence[str], samples: Sequence[Sample]) -> list[Sample]:
-    """The samples with the ranker's scores, ordered by prompt and draw."""
-    groups = by_prompt(samples)
-    scores = ranker.rank_all([(prompts[group[0].prompt], [s.text for s in group]) for group in groups])
-    return [
-        replace(sample, score=score)
-        for group, given in zip(groups, scores, strict=True)
-        for sample, score in zip(group, given, strict=True)
-    ]
 
 
 def fit_contrast(

@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sims_lens.adapter import Adapter, adapt
+from sims_lens.adapter import Adapter, adapt, check_lengths
 from sims_lens.auditing import Audit, audit, audit_pairs, is_judge
 from sims_lens.bank import MemoryBank, diagnose, plan_digest, select_pairs
 from sims_lens.config import SIMSConfig
 from sims_lens.data import ContrastPair, Sample, by_prompt
-from sims_lens.errors import ConfigError, PromptError, RankerError, RunError
+from sims_lens.errors import PromptError, RankerError, RunError
 from sims_lens.evaluate import Evaluation, evaluate, side_effects
 from sims_lens.hooks import steering
-from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast, rank
+from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
-from sims_lens.rankers import CachedRanker, CheckedRanker, as_ranker
+from sims_lens.rankers import CachedRanker, CheckedRanker, as_ranker, bound_ranker, rank
 from sims_lens.run import Run, open_run
 from sims_lens.sampling import LocalSampler, Sampler
 from sims_lens.selection import allocate, shrunk_spread
@@ -107,12 +107,6 @@ def improve(
     return open_run(store.path)
 
 
-def bound_ranker(ranker: object, model: Any) -> CheckedRanker:
-    """The ranker with checked scores; one that judges with a model is given this one."""
-    bind = getattr(ranker, "bind", None)
-    return as_ranker(bind(model) if callable(bind) else ranker)
-
-
 def compares(ranker: CheckedRanker) -> bool:
     """Whether a ranker's scores hold only among the responses that it saw together, as those of a tournament do."""
     pointwise = getattr(ranker, "pointwise", None)
@@ -148,19 +142,6 @@ def check_config(adapter: Adapter, config: SIMSConfig) -> None:
         for layer in config.steering.layers:
             check_layer(layer, adapter.n_layers, adapter.name)
     adapter.point(0, config.steering.site)
-
-
-def check_lengths(adapter: Adapter, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Raise :class:`PromptError` unless every prompt leaves room for a response in the context."""
-    if max_new_tokens >= adapter.n_ctx:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens} does not fit the context of {adapter.n_ctx} tokens")
-    for index, prompt in enumerate(prompts):
-        length = len(adapter.encode(prompt))
-        if length + max_new_tokens > adapter.n_ctx:
-            raise PromptError(
-                f"prompt {index} ({prompt[:40]!r}...) has {length} tokens; with {max_new_tokens} new ones that is more "
-                f"than the context of {adapter.n_ctx}: shorten it or lower max_new_tokens"
-            )
 
 
 def derive_seed(seed: int, *labels: object) -> int:

@@ -46,9 +46,10 @@ def load(
     """Load a model that can be steered, without processing its weights, in eval mode.
 
     The model carries where it came from: ``model.sims_source`` has ``model`` (also ``model.cfg.model_name``),
-    ``revision`` (the commit on the hub; the sha256 of the embedded file; None for a folder) and
-    ``weight_processing``. Only safetensors are read, and code from a checkpoint is never run. A conversion to a
-    ``HookedTransformer`` is checked: it must give the log-probabilities that the Hugging Face model gives.
+    ``revision`` (the commit on the hub; the sha256 of the embedded file; None for a folder), ``weight_processing`` and
+    ``folder`` (the checkpoint on this machine). Only safetensors are read, and code from a checkpoint is never run. A
+    conversion to a ``HookedTransformer`` is checked: it must give the log-probabilities that the Hugging Face model
+    gives.
 
     Args:
         name: "embedded" (SmolLM2-135M-Instruct, offline), a folder with a Hugging Face checkpoint, or a hub id.
@@ -86,7 +87,12 @@ def load(
             _check_same(model, hf_model, source.label)
             restride(model)
     model.cfg.model_name = source.label
-    model.sims_source = {"model": source.label, "revision": source.revision, "weight_processing": "none"}
+    model.sims_source = {
+        "model": source.label,
+        "revision": source.revision,
+        "weight_processing": "none",
+        "folder": str(source.folder.resolve()),
+    }
     return model.eval()
 
 
@@ -110,6 +116,44 @@ def embedded_path() -> Path:
             if not _intact(folder):  # another process may have made it meanwhile
                 _convert(_gguf(), folder)
     return folder
+
+
+def checkpoint_of(model: Any) -> Path:
+    """Give the folder of the Hugging Face checkpoint that a model was loaded from.
+
+    Raises:
+        ModelError: it wasn't loaded by :func:`load`, or the folder is gone.
+    """
+    source = getattr(model, "sims_source", None) or {}
+    if not source.get("folder"):
+        raise ModelError("this needs the checkpoint that the model came from: load the model with sims_lens.load")
+    folder = Path(source["folder"])
+    if not folder.is_dir():
+        raise ModelError(f"{folder}, the checkpoint that the model was loaded from, is gone; load the model again")
+    return folder
+
+
+def read_checkpoint(folder: Path, *, dtype: torch.dtype | None = None) -> Any:
+    """Read a checkpoint's weights again, as the plain Hugging Face model on the CPU.
+
+    Args:
+        folder: of :func:`checkpoint_of`.
+        dtype: of the weights; by default the checkpoint's own.
+
+    Raises:
+        ModelError: it can't be read.
+    """
+    with _quiet():
+        return _read(folder, dtype)[0]
+
+
+def write_checkpoint(hf_model: Any, folder: Path, *, tokenizer_of: Path) -> None:
+    """Write a plain Hugging Face model as a checkpoint, with the tokenizer of another one as it stands there."""
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        hf_model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer_of, trust_remote_code=False).save_pretrained(folder)
 
 
 class _Source(NamedTuple):

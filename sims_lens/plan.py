@@ -4,13 +4,16 @@ A plan is the one currency of the package: the loop makes it, :func:`sims_lens.s
 it. It is frozen, it knows no model, and it travels as one safetensors file that loads nothing executable.
 """
 
+import hashlib
 import html
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -25,7 +28,14 @@ Units = Literal["absolute", "residual_norm"]
 
 FORMAT = "sims_lens.plan"
 FORMAT_VERSION = 2
-"""1: additions only. 2: every transform of :mod:`sims_lens.transforms`, ``half_life``, ``centred``, ``config``."""
+"""1: additions only. 2: every transform of :mod:`sims_lens.transforms`, ``half_life``, ``centred``, ``config``, and a
+checksum of the tensors, ``sha256``."""
+
+_ENTRIES = frozenset(["layer", "site", "transform", "tensors", "coefficient", "units", "scope", "residual_norm"])
+"""What a saved intervention consists of since version 1; 2 adds ``parameters`` and ``half_life``."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a plan's tensors may be in a file. :meth:`SteeringPlan.save` writes float32."""
 
 _CENTRED = 1e-5
 """A unit direction counts as centred when its entries' mean, times the root of their number, is below this."""
@@ -42,6 +52,9 @@ class Provenance:
         n_layers, d_model: the shape that the plan needs.
         source: what made the plan, in words, for instance "improve, iteration 3, config 5f2c".
         config: digest of the settings that made it, see ``SIMSConfig.digest``.
+
+    Raises:
+        PlanError: a value is not of its type, or a number is negative.
     """
 
     model: str = ""
@@ -51,6 +64,14 @@ class Provenance:
     d_model: int = 0
     source: str = ""
     config: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "revision", "weight_processing", "source", "config"):
+            if not isinstance(value := getattr(self, name), str):
+                raise PlanError(f"{name} of a provenance must be a string, got {value!r}; leave it out if not known")
+        for name in ("n_layers", "d_model"):
+            if type(value := getattr(self, name)) is not int or value < 0:
+                raise PlanError(f"{name} of a provenance must be an integer from 0 up, got {value!r}; 0 is not known")
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,7 @@ class Intervention:
         if not math.isfinite(self.coefficient):
             raise PlanError(f"coefficient must be finite, got {self.coefficient}")
         norm = self.residual_norm
-        if norm is not None and not (isinstance(norm, (int, float)) and math.isfinite(norm) and norm > 0):
+        if norm is not None and not (type(norm) in (int, float) and math.isfinite(norm) and norm > 0):
             raise PlanError(f"residual_norm must be a positive number, got {norm!r}")
         if self.units == "residual_norm" and not getattr(self.transform, "strength_is_length", True):
             raise PlanError(
@@ -382,7 +403,13 @@ class SteeringPlan:
         return total
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file. It is written beside ``path`` first, so a crash leaves the old file whole."""
+        """Write one safetensors file. It is written beside ``path`` first, so a crash leaves the old file whole.
+
+        Raises:
+            PlanError: the folder is missing, a transform can't be saved, or the interventions don't fit one model.
+            OSError: the disk is full, or the folder may not be written to.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -405,56 +432,93 @@ class SteeringPlan:
                     "half_life": i.half_life,
                 }
             )
+        _check_shapes(self)
         header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "centred": self.is_centred,
             "provenance": asdict(self.provenance),
             "interventions": described,
+            "sha256": _digest(tensors),
         }
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-        temporary.replace(path)
+        temporary = path.with_name(f".{uuid4().hex}.tmp")  # no other process or thread writes to it
+        try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode
+            save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+            temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner may read
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except SafetensorError as error:
+            raise PlanError(f"cannot write {path} ({_line(error)}); choose another folder") from error
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringPlan":
-        """Read a plan that :meth:`save` wrote.
+        """Read a plan that :meth:`save` wrote. Nothing in the file is run, and memory is bounded by the file's size.
 
         Raises:
             PlanError: the file is missing, is no safetensors file, holds something else, or is damaged.
         """
         from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load
 
         path = Path(path)
         if not path.is_file():
             raise PlanError(f"there is no plan at {path}")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            with safe_open(path, framework="np") as file:  # reads the header only: what is no plan may be large
+                is_plan = FORMAT in (file.metadata() or {})
+            # At once: safe_open opens the file again for its tensors, and a plan may be saved there in between.
+            data = path.read_bytes() if is_plan else b""
         except (SafetensorError, OSError, ValueError) as error:
-            raise PlanError(f"{path} is not a readable safetensors file ({error}); save the plan again") from error
-        if FORMAT not in metadata:
+            raise PlanError(
+                f"{path} is not a readable safetensors file ({_line(error)}); save the plan again"
+            ) from error
+        if not is_plan:
             raise PlanError(f"{path} holds no sims_lens plan; files are written by plan.save(path)")
         try:
+            tensors = load(data)  # compares sizes and offsets with the file's own size first
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             return cls._from_header(json.loads(metadata[FORMAT]), tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{error}" if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            reason = _line(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {_line(error)}"
             raise PlanError(f"{path} is damaged or not of this format: {reason}") from error
 
     @classmethod
     def _from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> "SteeringPlan":
+        """The plan that a file's JSON and tensors describe; strict, because a damaged file must not steer."""
         if header["format"] != FORMAT:
             raise PlanError(f"format {header['format']!r} is not {FORMAT!r}")
-        if not isinstance(header["version"], int) or not 1 <= header["version"] <= FORMAT_VERSION:
+        version = header["version"]
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise PlanError(
-                f"format version {header['version']!r} is not one that this sims_lens reads (1..{FORMAT_VERSION}); "
+                f"format version {version!r} is not one that this sims_lens reads (1..{FORMAT_VERSION}); "
                 "update sims_lens"
             )
-        known = {f.name for f in fields(Provenance)}
+        if not isinstance(entries := header["interventions"], list):
+            raise PlanError(f"interventions must be a list, got a {type(entries).__name__}")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise PlanError(f"tensor {name!r} must hold floats, got {tensor.dtype}")
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        used = [name for entry in entries for name in _tensor_names(entry)]
+        if len(set(used)) < len(used):  # a small file could ask for any number of copies of a large tensor
+            raise PlanError("two interventions name one tensor")
+        expected = _ENTRIES if version == 1 else _ENTRIES | {"parameters", "half_life"}
         interventions = []
-        for entry in header["interventions"]:
+        for entry in entries:
+            if missing := sorted(expected - entry.keys()):
+                raise KeyError(missing[0])
+            if unknown := sorted(entry.keys() - expected):
+                raise PlanError(f"an intervention has {unknown[0]!r}, which format version {version} does not know")
+            if not all(isinstance(held, bool) for held in entry["scope"].values()):
+                raise PlanError(f"a scope must hold true or false for each region, got {entry['scope']!r}")
+            if isinstance(entry["residual_norm"], bool):
+                raise PlanError(f"residual_norm must be a positive number, got {entry['residual_norm']!r}")
             interventions.append(
                 Intervention(
                     layer=entry["layer"],
@@ -464,11 +528,18 @@ class SteeringPlan:
                     units=entry["units"],
                     scope=TokenScope(**entry["scope"]),
                     residual_norm=entry["residual_norm"],
-                    half_life=entry.get("half_life"),  # absent in version 1
+                    half_life=entry.get("half_life"),
                 )
             )
+        if unnamed := sorted(tensors.keys() - set(used)):
+            raise PlanError(f"no intervention names tensor {unnamed[0]!r}")
+        known = {f.name for f in fields(Provenance)}
         provenance = Provenance(**{k: v for k, v in header["provenance"].items() if k in known})
-        return cls(tuple(interventions), provenance)
+        plan = cls(tuple(interventions), provenance)
+        _check_shapes(plan)
+        if "sha256" in header and header["sha256"] != _digest(tensors):  # absent in version 1
+            raise PlanError("its tensors are not those that were saved (their sha256 differs)")
+        return plan
 
     def __repr__(self) -> str:
         count = len(self.interventions)
@@ -493,6 +564,45 @@ class SteeringPlan:
             "<th>hook point</th><th>transform</th><th>coefficient</th><th>median residual norm</th><th>tokens</th>"
             f"</tr></thead><tbody>{rows}</tbody></table>"
         )
+
+
+def _check_shapes(plan: SteeringPlan) -> None:
+    """Raise :class:`PlanError` unless one model can fit all interventions: the one that the provenance describes."""
+    n_layers, d_model = plan.provenance.n_layers, plan.provenance.d_model
+    widths = {len(next(iter(i.transform.tensors().values()))) for i in plan.interventions}  # the first is a direction
+    if len(widths) > 1:
+        raise PlanError(f"directions of one plan must have one size, got {sorted(widths)}")
+    if d_model and widths - {d_model}:
+        raise PlanError(f"directions have {widths.pop()} entries, but the provenance says d_model = {d_model}")
+    if n_layers and plan.layers and plan.layers[-1] >= n_layers:
+        raise PlanError(f"layer {plan.layers[-1]} is not in 0..{n_layers - 1}: the provenance says {n_layers} layers")
+
+
+def _tensor_names(entry: Mapping[str, Any]) -> list[str]:
+    """The tensors that a saved transform names, those of an inner one included."""
+    names: list[str] = []
+    for found in entry["tensors"].values():
+        names += found if isinstance(found, list) else [found]
+    for value in entry.get("parameters", {}).values():
+        if isinstance(value, dict):
+            names += _tensor_names(value)
+    return names
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of float32 tensors with their names: safetensors itself does not notice a flipped bit."""
+    sha256 = hashlib.sha256()
+    for name in sorted(tensors):
+        sha256.update(f"{name}{list(tensors[name].shape)}".encode())
+        sha256.update(tensors[name].numpy().astype("<f4").tobytes())
+    return sha256.hexdigest()
+
+
+def _line(error: Exception) -> str:
+    """What an error says, as one line of a bearable length: parts of it may be a stranger's text."""
+    text = " ".join(str(error).split())
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return shown if len(shown) <= 300 else f"{shown[:300]}..."
 
 
 def _direction(i: Intervention) -> Float[Tensor, " d_model"]:

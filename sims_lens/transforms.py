@@ -132,6 +132,11 @@ class Addition(_Directed):
         """
         return unit_direction(self.vector, "a steering vector")
 
+    @property
+    def d_model(self) -> int:
+        """Entries of the vector, which may be zero."""
+        return len(self.vector)
+
     def delta(self, stream: Stream, tensors: Mapping[str, Tensor], strength: Strength) -> Stream:
         """``strength * vector``, computed in float32 and cast once."""
         return (strength * tensors["vector"]).to(stream.dtype).expand_as(stream)
@@ -311,14 +316,14 @@ class HPR(_Directed):
 
     def delta(self, stream: Stream, tensors: Mapping[str, Tensor], strength: Strength) -> Stream:
         """The turned stream less the stream, zero where the probe says positive."""
-        probe = tensors["probe"]
+        probe = tensors["probe"].to(torch.promote_types(stream.dtype, torch.float32))
         wide, axis, projection = _projected(stream, probe / probe.norm())
         angle = strength * predicted_angle(
             wide,
             [tensors[f"weights.{k}"].to(wide.dtype) for k in range(len(self.weights))],
             [tensors[f"biases.{k}"].to(wide.dtype) for k in range(len(self.biases))],
         )
-        positive = torch.sigmoid(wide @ probe.to(wide.dtype))[..., None].round() == 1
+        positive = torch.sigmoid(wide @ probe)[..., None].round() == 1
         return torch.where(positive, 0.0, _turn(wide, axis, projection, angle)).to(stream.dtype)
 
 
@@ -348,7 +353,9 @@ class Gated(_Directed):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, _Directed) or isinstance(self.inner, Gated):
-            raise PlanError(f"the inner transform of a gate must be one that is not gated, got {self.inner!r}")
+            raise PlanError(
+                f"the inner transform of a gate must be one that is not gated, got {type(self.inner).__name__}"
+            )
         object.__setattr__(self, "axis", unit_direction(self.axis, "the direction of the gate"))
         object.__setattr__(self, "threshold", _finite(self.threshold, "the threshold of a gate"))
         if not isinstance(self.above, bool):
@@ -402,16 +409,19 @@ def _projected(stream: Tensor, axis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _turn(wide: Tensor, axis: Tensor, projection: Tensor, angle: Tensor) -> Tensor:
     """``(cos γ - 1) x + sin γ |x| û`` with û the unit part of the axis that is orthogonal to x."""
-    square = (wide * wide).sum(-1, keepdim=True)
-    norm = square.sqrt()
     tiny = torch.finfo(wide.dtype).tiny
-    across = axis - projection / square.clamp(min=tiny) * wide
+    # A turned stream scales with the stream: at a largest entry of 1 no square overflows or vanishes.
+    scale = wide.detach().abs().amax(-1, keepdim=True).clamp(min=tiny)
+    wide, projection = wide / scale, projection / scale
+    norm = wide.norm(dim=-1, keepdim=True)  # whose gradient at zero is zero, unlike that of a root
+    square = (norm * norm).clamp(min=tiny)
+    across = axis - projection / square * wide
     # Once more: what rounding has left of x would change the norm where x and the axis are nearly parallel.
-    across = across - (across * wide).sum(-1, keepdim=True) / square.clamp(min=tiny) * wide
+    across = across - (across * wide).sum(-1, keepdim=True) / square * wide
     length = across.norm(dim=-1, keepdim=True)
     turned = (angle.cos() - 1) * wide + angle.sin() * norm * (across / length.clamp(min=tiny))
-    plane = (square > tiny) & (length > 16 * torch.finfo(wide.dtype).eps)
-    return torch.where(plane, turned, 0.0)
+    plane = (norm > 0) & (length > 16 * torch.finfo(wide.dtype).eps)
+    return torch.where(plane, scale * turned, 0.0)
 
 
 def checked_tensor(tensor: Tensor, what: str) -> Tensor:
@@ -424,10 +434,11 @@ def checked_tensor(tensor: Tensor, what: str) -> Tensor:
         raise PlanError(f"{what} must be a torch tensor, got {type(tensor).__name__}; use torch.tensor(...)")
     if not tensor.is_floating_point():
         raise PlanError(f"{what} must hold floats, got {tensor.dtype}; use .float()")
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
+    copied = tensor.to(dtype=torch.float32, device="cpu", copy=True)
+    if not bool(torch.isfinite(copied).all()):  # after the cast: float64 holds what float32 can't
+        count = int((~torch.isfinite(copied)).sum())
         raise PlanError(f"{what} has {count} NaN or infinite entries of {tensor.numel()}; fit it again")
-    return tensor.to(dtype=torch.float32, device="cpu", copy=True)
+    return copied
 
 
 def checked_vector(vector: Tensor, what: str) -> Float[Tensor, " d_model"]:

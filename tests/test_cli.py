@@ -147,3 +147,47 @@ def test_help_names_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plain_shows_control_characters() -> None:
     assert plain("a\x1b]0;owned\x07b\nc\u202ed") == "a\\x1b]0;owned\\x07b c\\u202ed"
     assert plain("schön 🙂") == "schön 🙂"
+
+
+@pytest.fixture(scope="module")
+def fitted(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fit")
+    pairs = [{"prompt": f"Say {w}.", "positive": f"yes {w}", "negative": f"no, {w}"} for w in ("a", "b", "c", "d", "e")]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    out, result = folder / "plan.safetensors", folder / "fit.json"
+    given = ["--model", model, "--pairs", str(folder / "pairs.jsonl"), "--out", str(out), "--json", str(result)]
+    assert main(["fit", *given, "--layers", "1", "--estimator", "mass_mean", "--scope", "all"]) == 0
+    written = json.loads(result.read_text())
+    assert written["layers"] == [1] and written["quality"]["layer"] == [0, 1, 2]
+    return out
+
+
+def test_fit_makes_a_plan_that_generate_takes(fitted: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = sims.SteeringPlan.load(fitted)
+    assert plan.layers == (1,) and plan.interventions[0].scope.name == "all"
+    assert plan.provenance.source == "fit, mass_mean, 5 pairs"
+    assert main(["generate", "--run", str(fitted), "--model", model, "--prompt", "Say sea."]) == 0
+    assert "steered" in capsys.readouterr().out
+
+
+def test_export_says_how_near_it_is(fitted: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = fitted.with_name("vector.gguf")
+    given = ["export", "--run", str(fitted), "--model", model]
+    assert main([*given, "--to", "gguf", "--out", str(out)]) == 0
+    assert "logits within" in capsys.readouterr().out
+    assert sims.export.from_gguf(out).layers == (1,)
+    assert main([*given, "--to", "onnx", "--out", str(out)]) == 2
+    assert "format 'onnx' is not one of baked, gguf" in capsys.readouterr().err
+
+
+def test_what_fit_cannot_use(fitted: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = str(fitted.with_name("pairs.jsonl"))
+    for given, message in (
+        (["--pairs", "missing.jsonl", "--out", "p"], "missing.jsonl cannot be read"),
+        (["--pairs", pairs, "--out", "nowhere/p"], "folder nowhere does not exist"),
+        (["--pairs", pairs, "--out", "p", "--estimator", "magic"], "estimator 'magic' is not one of mean_difference"),
+        (["--pairs", pairs, "--out", "p", "--scope", "some"], "scope 'some' is not one of"),
+        (["--pairs", pairs, "--out", str(fitted), "--layers", "9"], "layer 9 was not fitted"),
+    ):
+        assert main(["fit", "--model", model, *given]) == 2
+        assert message in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from common import D_MODEL, KINDS, SITES, difference, fingerprint, plan_of, random_tokens, vector
 from torch import Tensor
 
+import sims_lens as sims
 from sims_lens.activations import capture
 from sims_lens.adapter import BridgeAdapter, HookedAdapter, adapt
 from sims_lens.errors import ModelError, PlanError
@@ -729,3 +730,31 @@ def test_the_embedded_model_is_steered_in_its_own_units(embedded: Any) -> None:
     assert all(less < more for less, more in pairwise(moved))
     with steering(embedded, plan):
         assert torch.equal(embedded.run_with_hooks(text, prepend_bos=False, fwd_hooks=ablated), base)
+
+
+def test_another_revision_of_the_model_is_a_warning(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "sims_source", {**llama.sims_source, "revision": "bbb"})
+    made = replace(plan_of(1), provenance=Provenance(model=llama.sims_source["model"], revision="aaa"))
+    with pytest.warns(UserWarning, match="made on revision aaa of tiny-llama, the model is revision bbb; load"):
+        resolve(llama, made)
+    for known in (replace(made.provenance, revision="bbb"), replace(made.provenance, revision="")):
+        resolve(llama, replace(made, provenance=known))  # warnings are errors
+
+
+def test_a_vector_of_zeros_can_be_attached(llama: Any) -> None:
+    base = llama(TOKENS)
+    with steering(llama, sims.SteeringPlan.addition({1: torch.zeros(32)})):
+        assert torch.equal(llama(TOKENS), base)
+
+
+def test_projections_on_uncentred_directions_need_the_same_weights(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo("gpt2", "bridge")
+    source = {**model.sims_source, "weight_processing": "folded"}
+    direction = vector(0)
+    plan = sims.SteeringPlan.of({1: sims.Ablation(direction)}, provenance=adapt(model).provenance)
+    monkeypatch.setattr(model, "sims_source", source)
+    with pytest.raises(PlanError, match=r"reads projections on a direction that is not centred.*Attach plan\.centred"):
+        resolve(model, plan)
+    resolve(model, plan.centred())
+    resolve(model, plan.using(sims.Addition))  # an addition reads nothing
+    resolve(model, plan.unbound())

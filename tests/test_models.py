@@ -50,7 +50,12 @@ def test_both_kinds_are_the_model_that_transformers_loads(checkpoint: Path, kind
     torch.testing.assert_close(log_probs(model(tokens)), hf_log_probs(checkpoint, tokens), atol=1e-4, rtol=0)
 
     assert model.cfg.model_name == checkpoint.name
-    assert model.sims_source == {"model": checkpoint.name, "revision": None, "weight_processing": "none"}
+    assert model.sims_source == {
+        "model": checkpoint.name,
+        "revision": None,
+        "weight_processing": "none",
+        "folder": str(checkpoint.resolve()),
+    }
     assert model.cfg.n_ctx == tiny.N_CTX
     assert not model.training
     assert all(parameter.requires_grad for parameter in model.parameters())

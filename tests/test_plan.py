@@ -262,10 +262,10 @@ def test_a_saved_plan_comes_back_bit_for_bit(
     odd = TokenScope(prompt=True, response=True)
     plan = SteeringPlan(
         (
-            Intervention(3, site, Addition(torch.tensor(values)), coefficient, units, TokenScope.of(scope), norm),
-            Intervention(3, site, Addition(vector(7)), 1.0, scope=odd),
+            Intervention(2, site, Addition(torch.tensor(values)), coefficient, units, TokenScope.of(scope), norm),
+            Intervention(2, site, Addition(vector(7, size=len(values))), 1.0, scope=odd),
         ),
-        replace(FULL, source=source),
+        replace(FULL, d_model=len(values), source=source),
     )
     back = SteeringPlan.load(plan.save(tmp_path / "plan.safetensors"))
     assert same(back, plan)

@@ -13,8 +13,8 @@ from sims_lens.bank import diagnose
 from sims_lens.config import EvaluationConfig, SIMSConfig
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
+from sims_lens.estimators import unit
 from sims_lens.evaluate import evaluate
-from sims_lens.fit import unit
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.run import Run, open_run
 from sims_lens.stats import Interval

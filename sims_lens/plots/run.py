@@ -13,8 +13,8 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from sims_lens.errors import RunError
+from sims_lens.estimators import unit
 from sims_lens.evaluate import Evaluation
-from sims_lens.fit import unit
 from sims_lens.plots.theme import BAND, BLUE, DIVERGING, EDGE, HEIGHT, TEXT, colours, error_bars, titled
 from sims_lens.run import Iteration, Run
 from sims_lens.stats import Interval

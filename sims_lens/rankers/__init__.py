@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from sims_lens.errors import RankerError
-from sims_lens.rankers.base import CheckedRanker, Ranker, as_ranker
+from sims_lens.rankers.base import CheckedRanker, Ranker, as_ranker, bound_ranker, rank
 from sims_lens.rankers.cache import CachedRanker
 from sims_lens.rankers.endpoint import EndpointJudge
 from sims_lens.rankers.ensemble import Ensemble
@@ -27,7 +27,9 @@ __all__ = [
     "RewardModel",
     "Vader",
     "as_ranker",
+    "bound_ranker",
     "get_ranker",
+    "rank",
     "reading_ease",
 ]
 

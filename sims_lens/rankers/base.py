@@ -12,11 +12,12 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from typing import Any, Final, Protocol, runtime_checkable
 
+from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RankerError
 from sims_lens.prompts import quote
 
@@ -184,6 +185,23 @@ def as_ranker(ranker: object) -> CheckedRanker:
         return CheckedRanker(name, partial(_score_as_reward, call), ranker)
     _check_callable_with(name, call, "", [])
     return CheckedRanker(name, call, ranker)
+
+
+def bound_ranker(ranker: object, model: Any) -> CheckedRanker:
+    """The ranker with checked scores; one that judges with a model is given this one."""
+    bind = getattr(ranker, "bind", None)
+    return as_ranker(bind(model) if callable(bind) else ranker)
+
+
+def rank(ranker: CheckedRanker, prompts: Sequence[str], samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the ranker's scores, ordered by prompt and draw."""
+    groups = by_prompt(samples)
+    scores = ranker.rank_all([(prompts[group[0].prompt], [s.text for s in group]) for group in groups])
+    return [
+        replace(sample, score=score)
+        for group, given in zip(groups, scores, strict=True)
+        for sample, score in zip(group, given, strict=True)
+    ]
 
 
 def _name(ranker: object) -> str:

@@ -1,0 +1,374 @@
+"""Steering from contrast pairs that somebody wrote: CAA and its relatives, beside the loop that needs none.
+
+A pair is a prompt with a positive and a negative response to it, or two whole texts. :func:`fit` reads the residual
+stream of both at every layer, lets an estimator make a transform of them there, and says how well positive and
+negative can be told apart along it on pairs that it was not fitted to.
+"""
+
+import csv
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sims_lens.activations import Row, capture, capture_tokens
+from sims_lens.adapter import Adapter, adapt
+from sims_lens.errors import FitError, PlanError
+from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality
+from sims_lens.estimators.quality import LEAST_PAIRS
+from sims_lens.plan import Intervention, Provenance, SteeringPlan
+from sims_lens.prompts import quote
+from sims_lens.scope import GENERATION, TokenScope
+from sims_lens.sites import check_layer
+from sims_lens.transforms import Addition, Transform
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Text: TypeAlias = str | Sequence[int]
+"""A text, or the token ids that the model is to read as they are."""
+
+STRENGTH = 0.2
+"""Norm of an addition in units of the median residual norm, where no coefficient is given: that of the loop."""
+
+_KEYS = ("prompt", "positive", "negative")
+
+
+def fit(
+    model: Any,
+    pairs: Sequence[object],
+    *,
+    estimator: Estimator | None = None,
+    layers: Sequence[int] | None = None,
+    site: str = "resid_post",
+    scope: TokenScope | str | None = None,
+    seed: int = 0,
+    batch_rows: int = 32,
+) -> "SteeringFit":
+    """Fit a steering transform at every layer to contrast pairs.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``. The stream is read as the model is now: inside of
+            ``with steering(...)``, as it is steered.
+        pairs: each a ``(prompt, positive, negative)`` of texts, or a mapping with those keys; or a ``(positive,
+            negative)`` of two whole texts. A prompt, and a whole text, goes through the chat template where the model
+            has one. Token ids in the place of a text are read as they are.
+        estimator: what makes a transform of the activations; :class:`~sims_lens.estimators.MeanDifference`, which is
+            contrastive activation addition, where None.
+        layers: which to fit; all of them where None.
+        site: where in the block.
+        scope: the tokens that are averaged. By default the response, or of two whole texts the last token.
+        seed: of the estimator's splits.
+        batch_rows: sequences in one forward pass.
+
+    Returns:
+        What was fitted, with its quality per layer; ``.plan(...)`` makes a plan of it.
+
+    Raises:
+        FitError: there are fewer than two pairs, a pair has another shape or an empty text, or both halves are the
+            same everywhere.
+        PlanError: the site, the scope or a layer is not one of the model's.
+
+    Reference: Rimsky et al. 2024, "Steering Llama 2 via contrastive activation addition" (arXiv 2312.06681). They
+        read the answer's last token; we average over the answer, unless told otherwise.
+    """
+    adapter = adapt(model)
+    rows, whole = _rows(adapter, pairs)
+    chosen = TokenScope.of(scope if scope is not None else ("last_prompt" if whole else "response"))
+    return fit_rows(
+        model,
+        rows[0::2],
+        rows[1::2],
+        estimator=estimator,
+        layers=layers,
+        site=site,
+        scope=chosen,
+        seed=seed,
+        batch_rows=batch_rows,
+    )
+
+
+def fit_rows(
+    model: Any,
+    positive: Sequence[Row],
+    negative: Sequence[Row],
+    *,
+    estimator: Estimator | None = None,
+    layers: Sequence[int] | None = None,
+    site: str = "resid_post",
+    scope: TokenScope | str = "response",
+    seed: int = 0,
+    batch_rows: int = 32,
+) -> "SteeringFit":
+    """:func:`fit` for pairs that are token ids already: (prompt, response) of each positive and each negative."""
+    estimator = MeanDifference() if estimator is None else estimator
+    adapter = adapt(model)
+    for layer in layers or ():
+        check_layer(layer, adapter.n_layers, adapter.name)
+    chosen = tuple(range(adapter.n_layers) if layers is None else dict.fromkeys(layers))
+    if len(positive) != len(negative) or len(positive) < 2:
+        raise FitError(f"{len(positive)} positive and {len(negative)} negative texts: give two pairs or more")
+    if not chosen:
+        raise FitError("layers is empty; name at least one, or leave it out for all of them")
+    read = capture(model, [*positive, *negative], site=site, scope=scope, batch_rows=batch_rows)
+    means = read.means[:, list(chosen)]
+    best, worst = means[: len(positive)], means[len(positive) :]
+    if estimator.reads == "tokens":
+        tokens = capture_tokens(
+            model, [*positive, *negative], layers=chosen, site=site, scope=scope, batch_rows=batch_rows
+        )
+        fitted = fit_layers(estimator, *aligned(tokens[: len(positive)], tokens[len(positive) :]))
+    else:
+        fitted = fit_layers(estimator, best, worst)
+    return SteeringFit(
+        estimator=estimator.name,
+        layers=chosen,
+        transforms=tuple(fitted),
+        quality=_quality(estimator, best, worst, seed),
+        positive_projection=_projections(fitted, best),
+        negative_projection=_projections(fitted, worst),
+        residual_norm=read.median_norm[list(chosen)],
+        site=site,
+        read=TokenScope.of(scope),
+        pairs=len(positive),
+        provenance=replace(adapter.provenance, source=f"fit, {estimator.name}, {len(positive)} pairs"),
+    )
+
+
+def aligned(
+    positive: Sequence[Float[Tensor, "_pos layer d_model"]], negative: Sequence[Float[Tensor, "_pos layer d_model"]]
+) -> tuple[Float[Tensor, "token layer d_model"], Float[Tensor, "token layer d_model"]]:
+    """The tokens of each pair side by side by index, up to the shorter response's end, as HPR is trained."""
+    lengths = [min(len(a), len(b)) for a, b in zip(positive, negative, strict=True)]
+    return (
+        torch.cat([a[:n] for a, n in zip(positive, lengths, strict=True)]),
+        torch.cat([b[:n] for b, n in zip(negative, lengths, strict=True)]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringFit:
+    """What :func:`fit` learnt, at every layer that it was asked for.
+
+    Args:
+        estimator: its name.
+        layers: the layers.
+        transforms: one per layer.
+        quality: how well positive and negative are told apart on pairs that the fit has not seen, per layer.
+        positive_projection: mean projection of the positive activations on the direction, per layer: what a
+            :class:`~sims_lens.transforms.Clamp` can be set to.
+        negative_projection: the same of the negative ones.
+        residual_norm: median norm of the stream at the tokens that were read, first position left out, per layer.
+        site: where the stream was read.
+        read: the tokens that were read.
+        pairs: how many.
+        provenance: the model, and what was done.
+    """
+
+    estimator: str
+    layers: tuple[int, ...]
+    transforms: tuple[Transform, ...] = field(repr=False)
+    quality: FitQuality
+    positive_projection: Float[Tensor, " layer"]
+    negative_projection: Float[Tensor, " layer"]
+    residual_norm: Float[Tensor, " layer"]
+    site: str
+    read: TokenScope
+    pairs: int
+    provenance: Provenance
+
+    def transform(self, layer: int) -> Transform:
+        """The transform of a layer.
+
+        Raises:
+            PlanError: that layer was not fitted.
+        """
+        if layer not in self.layers:
+            raise PlanError(f"layer {layer!r} was not fitted; {self.estimator} has layers {list(self.layers)}")
+        return self.transforms[self.layers.index(layer)]
+
+    def best(self, count: int = 1) -> tuple[int, ...]:
+        """The layers with the highest held-out accuracy, ascending.
+
+        Where pairs are easy to tell apart, many layers are equally accurate, and accuracy no longer says where steering
+        works. Of equal ones those nearest to three quarters of the depth are taken, where it worked best on
+        SmolLM2-135M (``docs/results.md``); :func:`sims_lens.calibrate` over one plan per layer measures it.
+
+        Raises:
+            FitError: there were too few pairs to hold any out.
+        """
+        if self.pairs < LEAST_PAIRS:
+            raise FitError(
+                f"{self.pairs} pairs are too few to hold any out, so no layer is known to be best; give 4 pairs or "
+                f"more, or name layers of {list(self.layers)}"
+            )
+        deep = 0.75 * (self.provenance.n_layers - 1)
+
+        def worth(index: int) -> tuple[float, float]:
+            return self.quality.accuracy[index].estimate, -abs(self.layers[index] - deep)
+
+        order = sorted(range(len(self.layers)), key=worth, reverse=True)
+        return tuple(sorted(self.layers[index] for index in order[:count]))
+
+    def plan(
+        self,
+        layers: int | Sequence[int] | None = None,
+        *,
+        coefficient: float | None = None,
+        scope: TokenScope | str = GENERATION,
+        half_life: float | None = None,
+    ) -> SteeringPlan:
+        """A plan that applies the fitted transforms.
+
+        Args:
+            layers: where; where None, the layer with the highest held-out accuracy, or the best five of an HPR, as its
+                authors do.
+            coefficient: of an addition in units of the median residual norm, 0.2 where None; of any other transform
+                its strength, 1 where None. :func:`sims_lens.calibrate` finds one under a fluency budget.
+            scope: the tokens that are steered.
+            half_life: generated tokens after which the strength has fallen by half.
+
+        Raises:
+            PlanError: a layer was not fitted, or the coefficient is not finite.
+        """
+        if layers is None:
+            layers = self.best(1 if all(isinstance(t, Addition) for t in self.transforms) else 5)
+        chosen = (layers,) if isinstance(layers, int) else tuple(layers)
+        made = [self._intervention(layer, coefficient, TokenScope.of(scope), half_life) for layer in chosen]
+        if not made:
+            raise PlanError("layers is empty; name at least one, or leave it out for the best")
+        return SteeringPlan(tuple(made), self.provenance)
+
+    def _intervention(
+        self, layer: int, coefficient: float | None, scope: TokenScope, half_life: float | None
+    ) -> Intervention:
+        transform = self.transform(layer)
+        if not isinstance(transform, Addition):
+            strength = 1.0 if coefficient is None else coefficient
+            return Intervention(layer, self.site, transform, strength, scope=scope, half_life=half_life)
+        norm = float(self.residual_norm[self.layers.index(layer)])
+        return Intervention(
+            layer,
+            self.site,
+            Addition(transform.direction),
+            STRENGTH if coefficient is None else coefficient,
+            units="residual_norm",
+            scope=scope,
+            residual_norm=norm if norm > 0 else None,  # NaN where only first positions were read: measured later
+            half_life=half_life,
+        )
+
+    def table(self) -> "pd.DataFrame":
+        """One row per layer: the quality, the mean projections of both classes, the median residual norm."""
+        table = self.quality.table()
+        table.index = list(self.layers)
+        table.index.name = "layer"
+        return table.assign(
+            positive_projection=self.positive_projection.tolist(),
+            negative_projection=self.negative_projection.tolist(),
+            residual_norm=self.residual_norm.tolist(),
+        )
+
+    def __repr__(self) -> str:
+        return f"{self._head()}\n{self.table().to_string(float_format=lambda value: f'{value:.3g}')}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self._head())}</p>{self.table().to_html(float_format=lambda value: f'{value:.3g}')}"
+
+    def _head(self) -> str:
+        known = f"; best layer {self.best()[0]}" if self.pairs >= LEAST_PAIRS else ""
+        return (
+            f"SteeringFit by {self.estimator} to {self.pairs} contrast pairs of {self.provenance.model}, {self.site} "
+            f"read on {self.read.name}{known}"
+        )
+
+
+def read_pairs(path: str | Path) -> list[tuple[str, str, str]]:
+    """Read a file of contrast pairs: ``.jsonl`` with an object in each line, or ``.csv`` with a header; the keys, or
+    columns, are "prompt", "positive" and "negative".
+
+    Raises:
+        FitError: the file can't be read, is of another kind, or a pair lacks a key; the message says in which line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FitError(f"{path} cannot be read as UTF-8 text ({error}); check the path") from error
+    try:
+        if path.suffix.lower() == ".jsonl":
+            items = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        elif path.suffix.lower() == ".csv":
+            items = list(enumerate(csv.DictReader(text.splitlines(keepends=True)), start=2))
+        else:
+            raise FitError(f"{path} ends in {path.suffix!r}; pairs are read from .jsonl and .csv")
+    except (ValueError, RecursionError, csv.Error) as error:
+        if isinstance(error, FitError):
+            raise
+        raise FitError(f"{path} is not valid {path.suffix[1:]}: {error}") from error
+    for number, item in items:
+        if not isinstance(item, Mapping) or not all(isinstance(item.get(key), str) for key in _KEYS):
+            keys = sorted(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
+            raise FitError(f"{path}, line {number}: a pair has strings under {', '.join(_KEYS)}; this has {keys}")
+    if not items:
+        raise FitError(f"{path} has no pairs in it; give two or more")
+    return [(item["prompt"], item["positive"], item["negative"]) for _, item in items]
+
+
+def _rows(adapter: Adapter, pairs: Sequence[object]) -> tuple[list[Row], bool]:
+    """Token ids of the positive and the negative of each pair in turn, and whether the pairs are of whole texts."""
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence) or len(pairs) < 2:
+        count = f"{len(pairs)} of them" if isinstance(pairs, Sequence) else f"a {type(pairs).__name__}"
+        raise FitError(f"pairs must be a list of two or more (prompt, positive, negative), got {count}")
+    rows: list[Row] = []
+    sizes = set()
+    for index, pair in enumerate(pairs):
+        parts = _parts(index, pair)
+        sizes.add(len(parts))
+        if len(sizes) > 1:
+            raise FitError(f"pair {index} has {len(parts)} parts, those before it have another number; use one form")
+        for name, text in zip(_KEYS[-len(parts) :], parts, strict=True):
+            if not len(text):
+                raise FitError(f"the {name} of pair {index} is empty; leave the pair out")
+        if len(parts) == 2:
+            rows += [(_ids(text, adapter.encode), ()) for text in parts]
+        else:
+            prompt = _ids(parts[0], adapter.encode)
+            rows += [(prompt, _ids(text, adapter.encode_response)) for text in parts[1:]]
+    return rows, sizes == {2}
+
+
+def _parts(index: int, pair: object) -> tuple[Text, ...]:
+    if isinstance(pair, Mapping):
+        if missing := [key for key in _KEYS if key not in pair]:
+            raise FitError(f"pair {index} lacks {missing[0]!r}; a mapping has the keys {', '.join(_KEYS)}")
+        pair = tuple(pair[key] for key in _KEYS)
+    texts = pair if isinstance(pair, Sequence) and not isinstance(pair, (str, bytes)) else ()
+    good = all(
+        isinstance(t, str) or (isinstance(t, Sequence) and all(type(token) is int for token in t)) for t in texts
+    )
+    if len(texts) not in (2, 3) or not good:
+        raise FitError(
+            f"pair {index} is {quote(repr(pair))}; a pair is (prompt, positive, negative), or (positive, negative) of "
+            "whole texts, each a string or a list of token ids"
+        )
+    return tuple(texts)
+
+
+def _ids(text: Text, encode: Any) -> list[int]:
+    return encode(text) if isinstance(text, str) else list(text)
+
+
+def _quality(estimator: Estimator, best: Tensor, worst: Tensor, seed: int) -> FitQuality:
+    return fit_quality(estimator, best, worst, seed=seed)
+
+
+def _projections(transforms: Sequence[Transform], means: Float[Tensor, "pair layer d_model"]) -> Tensor:
+    directions = torch.stack([t.direction for t in transforms])  # type: ignore[attr-defined]
+    return torch.einsum("pld,ld->l", means, directions) / len(means)
