@@ -82,7 +82,7 @@ def environment() -> Path:
     return python
 
 
-def ours(pairs: list[tuple[str, str]]):
+def ours(tokenizer, pairs: list[tuple[str, str]]):
     """Mean difference and PCA of differences at the last token; the last layer also after the final norm."""
     import torch
 
@@ -91,7 +91,7 @@ def ours(pairs: list[tuple[str, str]]):
     from sims_lens.estimators import PCA, MeanDifference, fit_layers
 
     model = sims.load("embedded", kind="bridge")
-    ids = [model.tokenizer(text).input_ids for pair in pairs for text in pair]
+    ids = [tokenizer(text).input_ids for pair in pairs for text in pair]  # as the peers do: no second BOS
     read = capture(model, [(row, ()) for row in ids], scope="last_prompt").means
     with torch.no_grad():  # repeng reads the last layer where transformers puts it: after the final norm
         normed = model.original_model.model.norm(read[:, -1])
@@ -119,8 +119,9 @@ def main() -> None:
     from sims_lens.models import embedded_path
 
     model = str(embedded_path())
-    pairs = contrast_texts(AutoTokenizer.from_pretrained(model), given.pairs)
-    mine = ours(pairs)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pairs = contrast_texts(tokenizer, given.pairs)
+    mine = ours(tokenizer, pairs)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         job = {"model": model, "pairs": pairs, "n_layers": len(mine["repeng"])}

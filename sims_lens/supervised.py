@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sims_lens.activations import Row, capture, capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.errors import FitError, PlanError
 from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality
-from sims_lens.estimators.quality import LEAST_PAIRS
+from sims_lens.estimators.quality import LEAST_PAIRS, held_out
 from sims_lens.plan import Intervention, Provenance, SteeringPlan
 from sims_lens.prompts import quote
 from sims_lens.scope import GENERATION, TokenScope
@@ -120,17 +120,16 @@ def fit_rows(
     means = read.means[:, list(chosen)]
     best, worst = means[: len(positive)], means[len(positive) :]
     if estimator.reads == "tokens":
-        tokens = capture_tokens(
-            model, [*positive, *negative], layers=chosen, site=site, scope=scope, batch_rows=batch_rows
-        )
-        fitted = fit_layers(estimator, *aligned(tokens[: len(positive)], tokens[len(positive) :]))
+        rows = [*positive, *negative]
+        tokens = capture_tokens(model, rows, layers=chosen, site=site, scope=scope, batch_rows=batch_rows)
+        fitted, quality = _fit_tokens(estimator, tokens[: len(positive)], tokens[len(positive) :], best, worst, seed)
     else:
-        fitted = fit_layers(estimator, best, worst)
+        fitted, quality = fit_layers(estimator, best, worst), fit_quality(estimator, best, worst, seed=seed)
     return SteeringFit(
         estimator=estimator.name,
         layers=chosen,
         transforms=tuple(fitted),
-        quality=_quality(estimator, best, worst, seed),
+        quality=quality,
         positive_projection=_projections(fitted, best),
         negative_projection=_projections(fitted, worst),
         residual_norm=read.median_norm[list(chosen)],
@@ -365,8 +364,22 @@ def _ids(text: Text, encode: Any) -> list[int]:
     return encode(text) if isinstance(text, str) else list(text)
 
 
-def _quality(estimator: Estimator, best: Tensor, worst: Tensor, seed: int) -> FitQuality:
-    return fit_quality(estimator, best, worst, seed=seed)
+def _fit_tokens(
+    estimator: Estimator,
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor],
+    best: Float[Tensor, "pair layer d_model"],
+    worst: Float[Tensor, "pair layer d_model"],
+    seed: int,
+) -> tuple[tuple[Transform, ...], FitQuality]:
+    """Fit to token pairs; quality is that of whole responses in two folds, as such a fit takes long."""
+
+    def refit(chosen: Int[Tensor, " pair"]) -> tuple[Transform, ...]:
+        of = chosen.tolist()
+        return fit_layers(estimator, *aligned([positive[k] for k in of], [negative[k] for k in of]))
+
+    fitted = refit(torch.arange(len(best)))
+    return fitted, held_out(estimator.name, fitted, refit, best, worst, seed=seed, folds=2, splits=0)
 
 
 def _projections(transforms: Sequence[Transform], means: Float[Tensor, "pair layer d_model"]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -168,19 +168,49 @@ def fit_quality(
     Reference: Wilson 1927; Sen 1960 (variance of a U statistic by its components).
     """
     positive, negative = checked(positive, negative, paired=True)
+
+    def refit(chosen: Int[Tensor, " pair"]) -> Sequence[Transform]:
+        return fit_layers(estimator, positive[chosen], negative[chosen])
+
+    fitted = fit_layers(estimator, positive, negative)
+    return held_out(estimator.name, fitted, refit, positive, negative, seed=seed, folds=folds)
+
+
+def held_out(
+    name: str,
+    fitted: Sequence[Transform],
+    refit: Callable[[Int[Tensor, " pair"]], Sequence[Transform]],
+    positive: Float[Tensor, "pair layer d_model"],
+    negative: Float[Tensor, "pair layer d_model"],
+    *,
+    seed: int = 0,
+    folds: int = 5,
+    splits: int = _SPLITS,
+) -> FitQuality:
+    """:func:`fit_quality` of what is fitted to something else than the rows that are projected, HPR's tokens say.
+
+    Args:
+        name: of the estimator.
+        fitted: one transform per layer, fitted to all pairs.
+        refit: fits to some of the pairs, given their indices.
+        positive: what is projected, one row per pair.
+        negative: the same, pair by pair.
+        seed: of folds and splits.
+        folds: how many; fewer where a fold would hold less than two pairs.
+        splits: random halvings for ``split_half``; without any it is NaN.
+    """
     if folds < 2:
         raise FitError(f"folds must be at least 2, got {folds}")
-    fitted = fit_layers(estimator, positive, negative)
     pairs, layers, _ = positive.shape
     length = tuple(_length(transform) for transform in fitted)
     if pairs < LEAST_PAIRS:
         unknown = (Interval(math.nan, math.nan, math.nan),) * layers
         blank = (math.nan,) * layers
-        return FitQuality(estimator.name, pairs, unknown, unknown, blank, blank, length)
+        return FitQuality(name, pairs, unknown, unknown, blank, blank, length)
     generator = torch.Generator().manual_seed(seed)
 
     def directions(chosen: Int[Tensor, " pair"]) -> Float[Tensor, "layer d_model"]:
-        return _directions(fit_layers(estimator, positive[chosen], negative[chosen])).to(positive.device)
+        return _directions(refit(chosen)).to(positive.device)
 
     order = torch.randperm(pairs, generator=generator)
     wins, shares, gaps, squares = [], [], [], []
@@ -200,11 +230,11 @@ def fit_quality(
 
     half = pairs // 2
     total = torch.zeros(layers, device=positive.device)
-    for _ in range(_SPLITS):
+    for _ in range(splits):
         order = torch.randperm(pairs, generator=generator)
         total += (directions(order[:half]) * directions(order[half:])).sum(-1)
     return FitQuality(
-        estimator=estimator.name,
+        estimator=name,
         pairs=pairs,
         accuracy=tuple(_wilson(p, float(pairs)) for p in torch.cat(wins, 1).mean(1).tolist()),
         auc=tuple(
@@ -212,7 +242,7 @@ def fit_quality(
             for p, v in zip(auc.tolist(), variance.tolist(), strict=True)
         ),
         effect_size=tuple((torch.cat(gaps, 1).mean(1) / deviation).tolist()),
-        split_half=tuple((total / _SPLITS).tolist()),
+        split_half=tuple((total / splits).tolist()) if splits else (math.nan,) * layers,
         length=length,
     )
 
