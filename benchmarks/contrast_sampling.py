@@ -100,6 +100,32 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
+def paired(rows) -> str:
+    """The comparisons that the choices are for, paired by prompt and by seed: equal size, equal norm."""
+    size = next(r["pairs"] for r in rows if r["pairs"].startswith("random")).partition(", ")[2]
+    comparisons = [
+        (f"top margin, {size}", f"random, {size}"),
+        (f"top margin, {size}", "all pairs"),
+        (f"bank, top margin, {size}", f"bank, random, {size}"),
+        ("bank of 2 iterations, all pairs", "all pairs"),
+        ("bank of 2 iterations, all pairs", "iteration 2, all pairs"),
+    ]
+    lines = ["| oracle | less | effect, difference [95% over prompts] | per seed |", "|---|---|---|---|"]
+    for oracle in dict.fromkeys(r["oracle"] for r in rows):
+        found = {(r["pairs"], r["seed"]): np.array(r["difference"]) for r in rows if r["oracle"] == oracle}
+        seeds = sorted({seed for _, seed in found})
+        for ours, theirs in comparisons:
+            gaps = [found[ours, seed] - found[theirs, seed] for seed in seeds]
+            gap = bootstrap_mean(np.mean(gaps, axis=0))
+            digits = 1 if oracle == "reading-ease" else 3
+            each = ", ".join(f"{g.mean():+.{digits}f}" for g in gaps)
+            lines.append(
+                f"| {oracle} | {ours} − {theirs} "
+                f"| {gap.estimate:+.{digits}f} [{gap.low:+.{digits}f}, {gap.high:+.{digits}f}] | {each} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
@@ -120,7 +146,8 @@ def main() -> None:
                 held = prompts[given.train :]
                 one_seed(model, oracle, seed, prompts[: given.train], held, given.samples, given.size, rows)
                 given.out.write_text(json.dumps(rows))
-    print(table(json.loads(given.out.read_text())))
+    rows = json.loads(given.out.read_text())
+    print(f"{table(rows)}\n\n{paired(rows)}")
 
 
 if __name__ == "__main__":
