@@ -29,7 +29,7 @@ from sims_lens.supervised import aligned
 
 DIRECTIONS = ("mean_difference", "pca", "pca_classes", "logistic_probe", "mass_mean", "whitened_mean_difference")
 CONTROLS = ("random_direction", "shuffled_mean_difference")
-STRENGTHS = (0.15, 0.25)
+STRENGTHS = (0.06, 0.12, 0.24)
 """Of additions and clamps in residual norms, of rotations in radians: much the same distance. Others are factors."""
 
 
@@ -81,8 +81,9 @@ def one_seed(model, seed: int, given, rows: list[dict]) -> None:
     tokens = capture_tokens(model, texts, layers=[layer])
     half = len(test) // 2
     calibration, report = (Measured(model, ranker, part, seed) for part in (test[:half], test[half:]))
-    cells = [(name, transform) for name in DIRECTIONS for transform in ("addition", "rotation", "clamp")]
-    cells += [(name, "addition") for name in CONTROLS] + [("hpr", "hpr")]
+    cells = [(name, "addition") for name in (*DIRECTIONS, *CONTROLS)] + [("hpr", "hpr")]
+    crossed = DIRECTIONS[:1] if given.quick else DIRECTIONS
+    cells += [(name, transform) for name in crossed for transform in ("rotation", "clamp")]
     fits = {}
     for name, transform in cells:
         if name not in fits:
@@ -94,12 +95,13 @@ def one_seed(model, seed: int, given, rows: list[dict]) -> None:
         def plan(strength, transform=transform, fitted=fitted, middle=middle):
             return plan_of(transform, fitted, strength, norm, middle, layer)
 
-        grid = (1.0, 2.0) if transform == "hpr" else STRENGTHS
+        grid = (0.5, 1.0, 2.0) if transform == "hpr" else STRENGTHS
         curve = search(lambda s, name=name, plan=plan: calibration.point(name, plan(s), s), grid, budget, refine=1)
         best = best_within(curve, budget)
         row = {"seed": seed, "estimator": name, "transform": transform, "curve": [p.to_json() for p in curve]}
         row["report"] = report.point(name, plan(best.factor), best.factor).to_json() if best else None
         rows.append(row)
+        given.out.write_text(json.dumps(rows))
         said = f"{best.factor:.2f}: {row['report']['evaluation']['difference'][0]:+.1f}" if best else "nothing helps"
         print(seed, name, transform, said, file=sys.stderr, flush=True)
 
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=90, help="prompts that the pairs come from")
     parser.add_argument("--test", type=int, default=60, help="prompts to calibrate on and to report on, half each")
     parser.add_argument("--layer", type=int, default=17)
+    parser.add_argument("--quick", action="store_true", help="rotation and clamp of the mean difference only")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, default=Path("docs/data/ways_to_steer.json"))
     parser.add_argument("--table", type=Path, nargs="+", help="only print the table of these earlier results")
@@ -155,7 +158,6 @@ def main() -> None:
     rows: list[dict] = []
     for seed in given.seeds:
         one_seed(model, seed, given, rows)
-        given.out.write_text(json.dumps(rows))
     print(table(rows))
 
 
