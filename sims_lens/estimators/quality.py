@@ -261,7 +261,6 @@ def _length(transform: Transform) -> float:
 
 def _wilson(share: float, count: float) -> Interval:
     """The 95% score interval of a share of ``count`` independent trials."""
-    share = min(1.0, share)  # a mean of ones can be 1 + 2e-16
     w = 1.96**2 / count
     middle = (share + w / 2) / (1 + w)
     half = 1.96 / (1 + w) * math.sqrt(share * (1 - share) / count + w / (4 * count))
