@@ -32,7 +32,7 @@ def interaction(result: Interaction) -> go.Figure:
             figure.add_bar(
                 x=[name],
                 y=[effect.estimate],
-                error_y=error_bars([effect]),
+                error_y=error_bars([effect]) | {"color": TEXT},
                 marker={"color": colour, "opacity": 0.85},
                 showlegend=False,
                 hovertemplate=f"{name} by {ranker}: %{{y:+.3g}} [{effect.low:+.3g}, {effect.high:+.3g}]<extra></extra>",
@@ -54,6 +54,8 @@ def interaction(result: Interaction) -> go.Figure:
         figure.update_xaxes(type="category", row=1, col=column)
         figure.update_yaxes(zeroline=True, zerolinecolor=TEXT, row=1, col=column)
     figure.update_yaxes(title_text="effect (ranker's units)", row=1, col=1)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(margin={"t": 118, "b": 56})
     return figure
 
 
