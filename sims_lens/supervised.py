@@ -196,8 +196,8 @@ class SteeringFit:
         """The layers with the highest held-out accuracy, ascending.
 
         Where pairs are easy to tell apart, many layers are equally accurate, and accuracy no longer says where steering
-        works. Of equal ones those nearest to three quarters of the depth are taken, where it worked best on
-        SmolLM2-135M (``docs/results.md``); :func:`sims_lens.calibrate` over one plan per layer measures it.
+        works. Of equal ones those nearest to three quarters of the depth are taken, the middle of the loop's candidates
+        (60, 75, 90%): a convention, not a finding. :func:`sims_lens.calibrate` over one plan per layer measures it.
 
         Raises:
             FitError: there were too few pairs to hold any out.

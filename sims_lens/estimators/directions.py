@@ -123,7 +123,8 @@ class LogisticProbe(DirectionEstimator):
         (arXiv 1610.01644). As a steering direction: Li et al. 2023 (ITI, arXiv 2306.03341).
 
     Args:
-        l2: weight of the penalty, positive. A large one gives the direction of the mean difference.
+        l2: weight of the penalty, positive. A large one gives the direction of the mean difference. The default was
+            chosen on synthetic data only.
     """
 
     name = "logistic_probe"
