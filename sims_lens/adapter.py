@@ -7,7 +7,8 @@ logits of the last columns out, a KV cache that can be expanded, and hook points
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,6 +206,30 @@ class Adapter(ABC):
     def select_rows(self, cache: Any, rows: Int[Tensor, " new_batch"]) -> Any:
         """A cache whose row i is row ``rows[i]`` of ``cache``: expands a prompt K ways, drops finished rows."""
 
+    @abstractmethod
+    def fork(self, cache: Any) -> Any:
+        """A cache that goes on from ``cache`` and leaves it as it is; what is in it is shared, not copied."""
+
+    @contextmanager
+    def replaying(self, layers: int, stream: Float[Tensor, "batch pos d_model"]) -> Iterator[None]:
+        """Inside, the first ``layers`` blocks don't run: the last of them gives ``stream``, recorded before.
+
+        A forward pass then costs only the blocks above. Hook points in the blocks that don't run don't fire, and their
+        part of a KV cache stays as it is.
+
+        Args:
+            layers: how many blocks not to run.
+            stream: what the last of them gave for the very tokens that the pass inside is about.
+        """
+        blocks = [self.block(layer) for layer in range(layers)]
+        try:
+            for block in blocks:
+                block.__dict__["forward"] = lambda *_args, **_kwargs: stream
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
     def response_logits(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[tuple[int, Sequence[int]]]
     ) -> Float[Tensor, "row pos d_vocab"]:
@@ -306,6 +331,12 @@ class HookedAdapter(Adapter):
         new.previous_attention_mask = cache.previous_attention_mask.index_select(0, rows)
         return new
 
+    def fork(self, cache: Any) -> Any:
+        """See :meth:`Adapter.fork`."""
+        new = copy.copy(cache)
+        new.entries = [copy.copy(entry) for entry in cache.entries]  # an entry that grows gets new tensors
+        return new
+
     def _weight_processing(self) -> str:
         source = getattr(self.model, "sims_source", None) or {}
         folded = str(self.cfg.normalization_type).endswith("Pre")
@@ -370,6 +401,12 @@ class BridgeAdapter(Adapter):
         new.layers = [copy.copy(layer) for layer in cache.layers]
         for layer in new.layers:
             layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+        return new
+
+    def fork(self, cache: Any) -> Any:
+        """See :meth:`Adapter.fork`."""
+        new = copy.copy(cache)
+        new.layers = [copy.copy(layer) for layer in cache.layers]  # a layer that grows gets new tensors
         return new
 
     def _weight_processing(self) -> str:

@@ -1,30 +1,67 @@
-"""A behaviour without sampling: by how much a model prefers one given text to another, teacher-forced.
+"""What is measured of a model: a behaviour is one number for each of some units, pairs of texts or prompts.
 
-For a prompt x with a positive text p and a negative text n, the margin is
+Two kinds. :class:`PairBehaviour` is teacher-forced: by how much a model prefers one given text to another. For a
+prompt x with a positive text p and a negative text n, the margin is
 
     m = mean_k log P(p_k | x, p_<k) - mean_k log P(n_k | x, n_<k)
 
 in nats per token, so that the longer text has no advantage. Fixed texts need no random numbers: a difference of two
-margins is the plan's alone.
+margins is the plan's alone. It is cheap, and says what the model would rather say, not what it says.
+
+:class:`SampledBehaviour` is what the model says: the mean score that a ranker gives to responses drawn for each prompt,
+with the same random numbers whatever the plan.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt
-from sims_lens.errors import PromptError
+from sims_lens.config import SamplingConfig
+from sims_lens.data import by_prompt
+from sims_lens.errors import ConfigError, PromptError
 from sims_lens.hooks import steering
 from sims_lens.plan import NOTHING, SteeringPlan
-from sims_lens.prompts import quote
+from sims_lens.prompts import check_prompts, quote
+from sims_lens.rankers import bound_ranker, rank
+from sims_lens.sampling import LocalSampler
 
 TextPair = tuple[str, str, str]
 """A prompt, a text that shows the behaviour, and one that does not."""
+
+
+@runtime_checkable
+class Behaviour(Protocol):
+    """What can be measured of a model under a plan. The units are the same from call to call, so that plans are
+    compared unit by unit.
+
+    ``unit`` says what a value is of, "pair" or "prompt"; ``name`` and ``measure_name`` are for reports and axes.
+    """
+
+    @property
+    def name(self) -> str:
+        """In reports."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a value is of: "pair" or "prompt"."""
+        ...
+
+    @property
+    def measure_name(self) -> str:
+        """What a value is, with its unit, for an axis."""
+        ...
+
+    def measure(self, model: Any, plan: SteeringPlan = NOTHING) -> Float[Tensor, " unit"]:
+        """One value per unit under a plan, higher for more of the behaviour."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,9 +94,70 @@ class PairBehaviour:
                 raise PromptError(f"pair {index} has one text twice, {quote(pair[1])}; give texts that differ")
         object.__setattr__(self, "pairs", pairs)
 
+    @property
+    def unit(self) -> str:
+        """See :class:`Behaviour`."""
+        return "pair"
+
+    @property
+    def measure_name(self) -> str:
+        """See :class:`Behaviour`."""
+        return "log-probability margin (nats per token)"
+
     def measure(self, model: Any, plan: SteeringPlan = NOTHING) -> Float[Tensor, " pair"]:
         """Each pair's margin under a plan, see :func:`logprob_margin`."""
         return logprob_margin(model, self.pairs, plan)
+
+
+@dataclass(frozen=True)
+class SampledBehaviour:
+    """The mean score of sampled responses to each prompt.
+
+    Args:
+        ranker: any that ``sims.improve`` accepts. One that compares responses sees those of one plan at a time: give
+            one that scores each response by itself.
+        prompts: none of them used to fit the plans.
+        samples: responses to each prompt.
+        sampling: how they are drawn.
+        seed: of the sampling; the same random numbers serve every plan.
+        name: in reports; the ranker's where "".
+
+    Raises:
+        PromptError: prompts are empty or duplicate.
+        ConfigError: samples is not an integer of at least 1.
+    """
+
+    ranker: object
+    prompts: Sequence[str]
+    samples: int = 2
+    sampling: SamplingConfig | None = None
+    seed: int = 0
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(check_prompts(self.prompts)))
+        if type(self.samples) is not int or self.samples < 1:
+            raise ConfigError(f"samples must be an integer of at least 1, got {self.samples!r}")
+        if not self.name:
+            label = getattr(self.ranker, "name", "") or getattr(self.ranker, "__name__", "") or "score"
+            object.__setattr__(self, "name", str(label))
+
+    @property
+    def unit(self) -> str:
+        """See :class:`Behaviour`."""
+        return "prompt"
+
+    @property
+    def measure_name(self) -> str:
+        """See :class:`Behaviour`."""
+        return f"mean score ({self.name}'s units)"
+
+    def measure(self, model: Any, plan: SteeringPlan = NOTHING) -> Float[Tensor, " prompt"]:
+        """Mean score of the responses to each prompt under a plan."""
+        drawn = LocalSampler(model, self.sampling).sample(self.prompts, n=self.samples, plan=plan, seed=self.seed)
+        scored = rank(bound_ranker(self.ranker, model), self.prompts, list(drawn))
+        means = [np.mean([s.score for s in group if s.score is not None]) for group in by_prompt(scored)]
+        return torch.tensor(means, dtype=torch.float32)
 
 
 def logprob_margin(
@@ -125,4 +223,4 @@ def _mean_logprob(
     return torch.stack([log_p[row, range(len(tokens)), list(tokens)].mean() for row, tokens in enumerate(responses)])
 
 
-__all__ = ["PairBehaviour", "TextPair", "encode_pairs", "logprob_margin"]
+__all__ = ["Behaviour", "PairBehaviour", "SampledBehaviour", "TextPair", "encode_pairs", "logprob_margin"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from sims_lens.auditing import Audit, PairAudit
 from sims_lens.bank import PairDiagnostics
 from sims_lens.config import SIMSConfig
-from sims_lens.data import Sample
+from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RunError
 from sims_lens.evaluate import Effect, Evaluation
 from sims_lens.plan import Provenance, SteeringPlan
@@ -137,6 +137,27 @@ class Run:
                 f"finished iterations are 1..{len(self.iterations)}, splits are 'heldout' and 'train'"
             )
         return store.iteration(iteration).read_samples("samples" if split == "train" else "heldout")
+
+    def text_pairs(self, split: str = "heldout") -> list[tuple[str, str, str]]:
+        """(prompt, best text, worst text) of each prompt, by the ranker's scores: what a
+        :class:`~sims_lens.behaviour.PairBehaviour` measures the behaviour on without sampling.
+
+        Args:
+            split: "heldout": responses of the base model, which no direction was fitted to; "train": the responses
+                that iteration 1 was fitted to. Prompts whose responses all score the same are left out.
+
+        Raises:
+            RunError: no prompt has two responses that differ in score.
+        """
+        groups = by_prompt(self.samples(0) if split == "heldout" else self.samples(1, split))
+        pairs = []
+        for group in groups:
+            scored = sorted((s for s in group if s.tokens and s.score is not None), key=lambda s: s.score or 0.0)
+            if len(scored) > 1 and scored[0].score != scored[-1].score:
+                pairs.append((self.prompts[group[0].prompt], scored[-1].text, scored[0].text))
+        if not pairs:
+            raise RunError(f"no {split} prompt of {self.path} has two responses that differ in score; name other pairs")
+        return pairs
 
     def table(self) -> "pd.DataFrame":
         """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``)."""
