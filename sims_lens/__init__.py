@@ -13,12 +13,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sims_lens import export, plots
+    from sims_lens import analysis, export, plots, widgets
     from sims_lens.activations import capture, residual_norms
     from sims_lens.adapter import restride
-    from sims_lens.analysis import interaction
+    from sims_lens.analysis import (
+        LayerSweep,
+        component_effects,
+        direction_readers,
+        direction_similarity,
+        directional_ablation,
+        interaction,
+        layer_sweep,
+        leave_one_out,
+        logit_attribution,
+        model_axes,
+        readout,
+        token_scores,
+        vector_norms,
+    )
     from sims_lens.auditing import audit
-    from sims_lens.behaviour import PairBehaviour
+    from sims_lens.behaviour import PairBehaviour, SampledBehaviour
     from sims_lens.calibration import Calibration, FluencyBudget, calibrate
     from sims_lens.config import (
         ContrastConfig,
@@ -46,13 +60,14 @@ if TYPE_CHECKING:
     from sims_lens.loop import improve
     from sims_lens.models import load
     from sims_lens.plan import SteeringPlan
-    from sims_lens.prompts import everyday, read_prompts
+    from sims_lens.prompts import everyday, read_prompts, tone_pairs
     from sims_lens.rankers import CachedRanker, EndpointJudge, Ensemble, PairRM, ReadingEase, RewardModel, Vader
     from sims_lens.rankers.self_judge import SelfJudge
     from sims_lens.report import write_report
     from sims_lens.run import Run, open_run
     from sims_lens.sampling import LocalSampler
     from sims_lens.scope import TokenScope
+    from sims_lens.stats import bootstrap_mean
     from sims_lens.supervised import SteeringFit, fit, read_pairs
     from sims_lens.transforms import HPR, Ablation, Addition, Amplification, Clamp, Gated, Rotation
 
@@ -60,9 +75,23 @@ _HOME = {
     "capture": "activations",
     "residual_norms": "activations",
     "restride": "adapter",
+    "LayerSweep": "analysis",
+    "analysis": "analysis",
+    "component_effects": "analysis",
+    "direction_readers": "analysis",
+    "direction_similarity": "analysis",
+    "directional_ablation": "analysis",
     "interaction": "analysis",
+    "layer_sweep": "analysis",
+    "leave_one_out": "analysis",
+    "logit_attribution": "analysis",
+    "model_axes": "analysis",
+    "readout": "analysis",
+    "token_scores": "analysis",
+    "vector_norms": "analysis",
     "audit": "auditing",
     "PairBehaviour": "behaviour",
+    "SampledBehaviour": "behaviour",
     "Calibration": "calibration",
     "FluencyBudget": "calibration",
     "calibrate": "calibration",
@@ -97,6 +126,7 @@ _HOME = {
     "plots": "plots",
     "everyday": "prompts",
     "read_prompts": "prompts",
+    "tone_pairs": "prompts",
     "CachedRanker": "rankers",
     "EndpointJudge": "rankers",
     "Ensemble": "rankers",
@@ -110,6 +140,7 @@ _HOME = {
     "open_run": "run",
     "LocalSampler": "sampling",
     "TokenScope": "scope",
+    "bootstrap_mean": "stats",
     "SteeringFit": "supervised",
     "fit": "supervised",
     "read_pairs": "supervised",
@@ -120,9 +151,10 @@ _HOME = {
     "Gated": "transforms",
     "HPR": "transforms",
     "Rotation": "transforms",
+    "widgets": "widgets",
 }
 
-_NAMESPACES = ("export", "plots")
+_NAMESPACES = ("analysis", "export", "plots", "widgets")
 """Public names that are modules: ``sims.plots.win_rate(run)``."""
 
 __all__ = [
@@ -141,6 +173,7 @@ __all__ = [
     "Gated",
     "HPR",
     "HouseholderRotation",
+    "LayerSweep",
     "LocalSampler",
     "LogisticProbe",
     "MassMean",
@@ -155,6 +188,7 @@ __all__ = [
     "Rotation",
     "Run",
     "SIMSConfig",
+    "SampledBehaviour",
     "SamplingConfig",
     "SelfJudge",
     "ShuffledLabels",
@@ -166,10 +200,16 @@ __all__ = [
     "TokenScope",
     "Vader",
     "WhitenedMeanDifference",
+    "analysis",
     "attach",
     "audit",
+    "bootstrap_mean",
     "calibrate",
     "capture",
+    "component_effects",
+    "direction_readers",
+    "direction_similarity",
+    "directional_ablation",
     "everyday",
     "export",
     "fit",
@@ -177,17 +217,26 @@ __all__ = [
     "from_hub",
     "improve",
     "interaction",
+    "layer_sweep",
+    "leave_one_out",
     "load",
+    "logit_attribution",
+    "model_axes",
     "model_card",
     "open_run",
     "plots",
     "push_to_hub",
     "read_pairs",
     "read_prompts",
+    "readout",
     "residual_norms",
     "resolve",
     "restride",
     "steering",
+    "token_scores",
+    "tone_pairs",
+    "vector_norms",
+    "widgets",
     "write_report",
 ]
 

@@ -285,14 +285,23 @@ class HookedAdapter(Adapter):
     kind = "HookedTransformer"
 
     def register(self, layer: int, name: str, module: nn.Module) -> None:
-        """See :meth:`Adapter.register`."""
+        """See :meth:`Adapter.register`. The names are written one by one, as ``model.setup()`` would: to go through the
+        whole model takes longer than a forward pass of a few tokens."""
+        from transformer_lens.hook_points import HookPoint
+
         self.block(layer).add_module(name, module)
-        self.model.setup()
+        for full_name, part in module.named_modules(prefix=f"blocks.{layer}.{name}"):
+            part.__dict__["name"] = full_name
+            self.model.mod_dict[full_name] = part
+            if isinstance(part, HookPoint):
+                self.model.hook_dict[full_name] = part
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        self.block(layer)._modules.pop(name, None)
-        self.model.setup()
+        module = self.block(layer)._modules.pop(name, None)
+        for full_name, _ in module.named_modules(prefix=f"blocks.{layer}.{name}") if module else ():
+            self.model.mod_dict.pop(full_name, None)
+            self.model.hook_dict.pop(full_name, None)
 
     def logits(
         self,

@@ -236,6 +236,70 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Where to steer, and how strongly: every layer at every coefficient, with effect, fluency and intervals."""
+
+    run_dir: Annotated[Path, arg(name="run")]
+    """A run directory, or a plan file (.safetensors)."""
+    pairs: Path | None = None
+    """Contrast pairs to measure on, .jsonl or .csv, not those that the plan was fitted to; by default the best and the
+    worst of the base model's held-out responses, where a run directory is given."""
+    ranker: str | None = None
+    """Measure sampled responses by this ranker instead: reading-ease, vader, or package.module:function."""
+    prompts: Path | None = None
+    """Prompts for --ranker; a run's held-out prompts by default."""
+    coefficients: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    """In median residual norms."""
+    layers: tuple[int, ...] = ()
+    """All that there are directions for by default."""
+    out: Path | None = None
+    """A folder for what is finished: the same command goes on where it stopped."""
+    html: Path | None = None
+    """Write the heat-map and the frontier as one page here."""
+    model: str | None = None
+    """Hub id, local folder or "embedded"; by default the model that the run was made on."""
+    kind: str | None = None
+    """hooked or bridge."""
+    seed: int = 0
+    """Of the order of the pairs and of sampling."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Sweep, and show the table."""
+        from sims_lens.analysis import layer_sweep
+        from sims_lens.plots import figures
+        from sims_lens.prompts import read_prompts
+        from sims_lens.rankers import get_ranker
+        from sims_lens.run import open_run
+        from sims_lens.supervised import read_pairs
+
+        if self.html is not None and not self.html.parent.is_dir():
+            raise PlanError(f"folder {self.html.parent} of --html {self.html} does not exist; create it first")
+        ranker = None if self.ranker is None else get_ranker(self.ranker)
+        pairs = None if self.pairs is None else read_pairs(self.pairs)
+        prompts = None if self.prompts is None else read_prompts(self.prompts)
+        plan, model = _planned(self.run_dir, self.model, self.kind)
+        found = layer_sweep(
+            model,
+            plan if self.run_dir.is_file() else open_run(self.run_dir),
+            coefficients=self.coefficients,
+            layers=self.layers or None,
+            behaviour=pairs,
+            ranker=ranker,
+            prompts=prompts,
+            out=self.out,
+            seed=self.seed,
+        )
+        print(found)
+        if self.html is not None:
+            drawn = [f.to_html(full_html=False, include_plotlyjs=k == 0) for k, f in enumerate(figures(found))]
+            self.html.write_text(f'<!DOCTYPE html><meta charset="utf-8">{"".join(drawn)}', encoding="utf-8")
+            print(f"figures: {self.html}")
+        return found.to_json()
+
+
+@dataclass(frozen=True)
 class Report:
     """Write a run as one self-contained HTML page."""
 
@@ -243,6 +307,10 @@ class Report:
     """A run directory."""
     out: Path | None = None
     """Where to write; report.html in the run directory by default."""
+    microscope: bool = False
+    """Also load the model and look at the directions: layer sweep, norms, similarity and what they write. Minutes."""
+    model: str | None = None
+    """For --microscope: hub id, local folder or "embedded"; by default the model that the run was made on."""
     json: Path | None = None
     """Write a machine-readable result here."""
 
@@ -252,7 +320,7 @@ class Report:
         from sims_lens.run import open_run
 
         run = open_run(self.run_dir)
-        path = write_report(run, self.out)
+        path = write_report(run, self.out, analyses=_microscope(run, self.model) if self.microscope else ())
         print(f"report: {path}")
         return {**summary(run), "report": str(path)}
 
@@ -262,9 +330,23 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "improve": Improve,
     "fit": Fit,
     "generate": Generate,
+    "sweep": Sweep,
     "export": Export,
     "report": Report,
 }
+
+
+def _microscope(run: "Run", name: str | None) -> list[object]:
+    """What the report shows of a run's directions."""
+    from sims_lens import analysis
+
+    _, model = _planned(run.path, name, None)
+    return [
+        analysis.layer_sweep(model, run),
+        analysis.vector_norms(run, model),
+        analysis.direction_similarity(run, model=model),
+        analysis.readout(model, run),
+    ]
 
 
 def _planned(path: Path, name: str | None, kind: str | None) -> tuple["SteeringPlan", Any]:

@@ -56,18 +56,23 @@ class ForcedBatch:
     streams: tuple[Float[Tensor, "row column d_model"], ...]
     logits: Float[Tensor, "row pos d_vocab"]
 
-    def run(self, *, layer: int = 0) -> Float[Tensor, "row pos d_vocab"]:
+    def run(
+        self, *, layer: int = 0, stream: Float[Tensor, "row column d_model"] | None = None
+    ) -> Float[Tensor, "row pos d_vocab"]:
         """Logits of each response token under the hooks and the plan that are attached now.
 
         Args:
             layer: the first block that is run: blocks below it are taken as the unsteered model left them, so nothing
                 that is attached may act there. 0 runs them all.
+            stream: what the block below gave, where that is not what the unsteered model's gave: then what is attached
+                in the blocks below may act, and this is how it left the stream.
         """
         adapter = adapt(self.model)
         tracker = self.model.__dict__.get(TRACKER)
         declared = tracker.prompt(self.boundary) if tracker is not None else nullcontext()
         cache = None if self.cache is None else adapter.fork(self.cache)
-        replayed = adapter.replaying(layer, self.streams[layer - 1]) if layer else nullcontext()
+        below = self.streams[layer - 1] if stream is None and layer else stream
+        replayed = nullcontext() if below is None else adapter.replaying(layer, below)
         with declared, replayed:
             return adapter.logits(self.tokens, self.mask, keep=self.targets.shape[1], cache=cache)
 

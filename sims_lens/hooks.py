@@ -11,6 +11,7 @@ them. The stream that goes on is ``hook_pre + hook_delta``, so a zeroed ``hook_d
 model. Everything is undone when the block ends, however it ends.
 """
 
+import html
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -304,6 +305,10 @@ class Steering:
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
         return f"Steering ({state}) of {self._adapter.name} by\n{self.plan!r}"
+
+    def _repr_html_(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<p><b>Steering</b> ({state}) of {html.escape(self._adapter.name)}</p>{self.plan._repr_html_()}"
 
 
 def attach(model: Any, plan: SteeringPlan) -> Steering:

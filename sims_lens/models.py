@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
+import sims_lens.progress  # noqa: F401 - before transformers, which imports tqdm and would let it warn in notebooks
 from sims_lens.adapter import restride
 from sims_lens.errors import ModelError
 

@@ -555,14 +555,15 @@ class SteeringPlan:
             f"<tr><td><code>{hook_name(i.layer, i.site)}</code></td><td>{html.escape(label(i.transform))}</td>"
             f"<td>{i.coefficient:+g} {'&times; residual norm' if i.units == 'residual_norm' else ''}</td>"
             f"<td>{'' if i.residual_norm is None else f'{i.residual_norm:.4g}'}</td>"
-            f"<td>{html.escape(i.scope.name)}</td></tr>"
+            f"<td>{html.escape(i.scope.name)}</td>"
+            f"<td>{'' if i.half_life is None else f'{i.half_life:g} tokens'}</td></tr>"
             for i in self.interventions
         )
         model = html.escape(self.provenance.model or "any model of its shape")
         return (
             f"<p><b>SteeringPlan</b> for {model} {html.escape(self.provenance.source)}</p><table><thead><tr>"
             "<th>hook point</th><th>transform</th><th>coefficient</th><th>median residual norm</th><th>tokens</th>"
-            f"</tr></thead><tbody>{rows}</tbody></table>"
+            f"<th>half-life</th></tr></thead><tbody>{rows}</tbody></table>"
         )
 
 

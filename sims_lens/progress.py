@@ -1,8 +1,12 @@
 """One progress bar for a whole run: it says which phase is running and how long is left."""
 
+import warnings
 from types import TracebackType
 
-from tqdm.auto import tqdm
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets it says so on import, and then writes the bar as text, which is as good.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    from tqdm.auto import tqdm
 
 
 class Progress:

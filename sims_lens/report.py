@@ -35,7 +35,7 @@ _WITHOUT_CONTROLS = (
 )
 
 
-def write_report(run: Run | str | Path, path: str | Path | None = None) -> Path:
+def write_report(run: Run | str | Path, path: str | Path | None = None, *, analyses: "Sequence[object]" = ()) -> Path:
     """Write a run as one HTML page that needs no network: figures, tables, responses side by side, config.
 
     An unfinished run gives a page about what is there.
@@ -43,6 +43,8 @@ def write_report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     Args:
         run: a run, or its directory.
         path: where to write; ``report.html`` in the run's directory by default. Its folder is made if need be.
+        analyses: what the page shows besides: results such as those of :func:`sims_lens.layer_sweep`, each with its
+            figures (:func:`sims_lens.plots.figures`) and its table; or figures.
 
     Returns:
         Where it was written.
@@ -55,20 +57,21 @@ def write_report(run: Run | str | Path, path: str | Path | None = None) -> Path:
     path = Path(path) if path is not None else run.path / "report.html"
     if path.is_dir():
         raise RunError(f"{path} is a folder; name a file, for instance {path / 'report.html'}")
-    write_bytes(path, render(run).encode("utf-8", "replace"))
+    write_bytes(path, render(run, analyses).encode("utf-8", "replace"))
     return path
 
 
-def render(run: Run) -> str:
+def render(run: Run, analyses: Sequence[object] = ()) -> str:
     """The page as text.
 
     Args:
         run: finished or not.
+        analyses: see :func:`write_report`.
     """
     from plotly.offline import get_plotlyjs
 
     figures: dict[str, go.Figure] = {}
-    body = "\n".join(_sections(run, figures))
+    body = "\n".join(_sections(run, figures, analyses))
     scripts = [get_plotlyjs(), _drawing(figures)] if figures else []
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
     policy = (
@@ -101,7 +104,7 @@ def render(run: Run) -> str:
     )
 
 
-def _sections(run: Run, figures: "dict[str, go.Figure]") -> Iterator[str]:
+def _sections(run: Run, figures: "dict[str, go.Figure]", analyses: Sequence[object]) -> Iterator[str]:
     """The page's parts in order; each figure that they place goes into ``figures``, by the id of its place."""
     from sims_lens import plots
 
@@ -142,6 +145,14 @@ def _sections(run: Run, figures: "dict[str, go.Figure]") -> Iterator[str]:
         yield place("vector-norms", plots.vector_norms(run))
         yield place("iteration-similarity", plots.iteration_similarity(run))
         yield place("layer-similarity", plots.layer_similarity(run))
+    for number, result in enumerate(analyses, start=1):
+        drawn = [result] if hasattr(result, "to_plotly_json") else plots.figures(result)
+        if number == 1:
+            yield "<h2>Under the microscope</h2>"
+        for k, figure in enumerate(drawn, start=1):
+            yield place(f"analysis-{number}-{k}", figure)
+        if hasattr(result, "_repr_html_") and not hasattr(result, "to_plotly_json"):
+            yield f'<details><summary>The numbers</summary><div class="scroll">{result._repr_html_()}</div></details>'
     if run.choice:
         yield from _choice(run)
     if run.iterations:

@@ -191,3 +191,25 @@ def test_what_fit_cannot_use(fitted: Path, model: str, capsys: pytest.CaptureFix
     ):
         assert main(["fit", "--model", model, *given]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_sweep_of_a_run_and_of_a_plan(
+    run: Path, fitted: Path, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, result = tmp_path / "sweep.html", tmp_path / "sweep.json"
+    options = ["--coefficients", "0.1", "0.2", "--html", str(page), "--json", str(result), "--model", model]
+    assert main(["sweep", "--run", str(run), *options]) == 0
+    assert "Sweep of" in capsys.readouterr().out and "Where to steer" in page.read_text()
+    assert {cell["coefficient"] for cell in json.loads(result.read_text())["cells"]} == {0.1, 0.2}
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "Q{k}", "positive": "yes {k}", "negative": "no"}}\n' for k in range(5)))
+    assert main(["sweep", "--run", str(fitted), "--pairs", str(pairs), "--model", model]) == 0
+    assert main(["sweep", "--run", str(fitted), "--model", model]) == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_report_under_the_microscope(run: Path, tmp_path: Path, model: str) -> None:
+    page = tmp_path / "page.html"
+    assert main(["report", str(run), "--microscope", "--model", model, "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "Under the microscope" in text and "analysis-4-1" in text and "What an effect costs" in text

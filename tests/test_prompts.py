@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sims_lens.errors import PromptError, SimsError
-from sims_lens.prompts import check_prompts, everyday, quote, read_prompts
+from sims_lens.prompts import check_prompts, everyday, quote, read_prompts, tone_pairs
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -271,3 +271,14 @@ def test_no_file_makes_it_raise_anything_else(
         assert str(path) in str(error)
     else:
         assert check_prompts(prompts) == tuple(prompts)
+
+
+def test_tone_pairs_are_short_distinct_and_of_about_one_length() -> None:
+    pairs = tone_pairs()
+    assert len(pairs) == 64 and tone_pairs(3) == pairs[:3]
+    assert len({prompt for prompt, _, _ in pairs}) == len({text for _, *texts in pairs for text in texts}) / 2 == 64
+    lengths = [(len(cheerful.split()), len(gloomy.split())) for _, cheerful, gloomy in pairs]
+    assert all(abs(a - b) <= 2 and max(a, b) <= 12 for a, b in lengths)
+    for n in (0, 65):
+        with pytest.raises(PromptError, match="1..64"):
+            tone_pairs(n)

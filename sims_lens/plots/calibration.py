@@ -1,6 +1,5 @@
 """The curve of a calibration: effect and fluency against the strength, with the budget and the choice."""
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -10,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from sims_lens.calibration import Calibration, Point
 from sims_lens.errors import RunError
-from sims_lens.plots.theme import BAND, HEIGHT, TEXT, VERMILLION, colours, error_bars, titled
+from sims_lens.plots.theme import BAND, HEIGHT, TEXT, VERMILLION, colours, error_bars, plotly_text, titled
 from sims_lens.stats import Interval
 
 _APART: Final = 1.025
@@ -61,7 +60,7 @@ def calibration(found: Calibration) -> go.Figure:
             symbols = ["circle" if found.budget.allows(p) else "circle-open" for p in shown]
             figure.add_scatter(
                 **_marks(shown, what, value, number, x=[strength(p) * shift for p in shown]),
-                name=html.escape(name),
+                name=plotly_text(name),
                 legendgroup=f"candidate {index}",
                 showlegend=row == 1,
                 mode="lines+markers",
@@ -134,7 +133,7 @@ def _marks(
         "y": [i.estimate for i in intervals],
         "error_y": {**error_bars(intervals, width=4), "thickness": 1.4},
         "customdata": [
-            [html.escape(p.candidate), p.factor, p.coefficient, i.low, i.high]
+            [plotly_text(p.candidate), p.factor, p.coefficient, i.low, i.high]
             for p, i in zip(points, intervals, strict=True)
         ],
         "hovertemplate": "%{customdata[0]}, factor %{customdata[1]:.3g}, coefficient %{customdata[2]:.3g}"

@@ -6,6 +6,7 @@ design", 2008), which most colour-blind readers can tell apart; their black and 
 vanishes on one of the two backgrounds.
 """
 
+import html
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -83,6 +84,15 @@ def titled(figure: go.Figure, title: str, subtitle: str, *, width: int = WIDTH, 
     )
 
 
+def plotly_text(text: str) -> str:
+    """Plain text for Plotly's labels and cells, which read some HTML and, where MathJax is there, LaTeX.
+
+    >>> plotly_text("<b>5 & 6</b> for $7")
+    '&lt;b&gt;5 &amp; 6&lt;/b&gt; for &#36;7'
+    """
+    return html.escape(text, quote=False).replace("$", "&#36;")  # Plotly does not decode &quot;
+
+
 def colours(count: int) -> list[str]:
     """One colour per line: the palette where it suffices, otherwise steps of Viridis without its darkest part.
 
@@ -129,5 +139,6 @@ __all__ = [
     "WIDTH",
     "colours",
     "error_bars",
+    "plotly_text",
     "titled",
 ]

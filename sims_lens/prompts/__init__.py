@@ -10,7 +10,7 @@ from typing import Final
 
 from sims_lens.errors import PromptError
 
-__all__ = ["PROMPT_KEYS", "check_prompts", "everyday", "quote", "read_prompts"]
+__all__ = ["PROMPT_KEYS", "check_prompts", "everyday", "quote", "read_prompts", "tone_pairs"]
 
 PROMPT_KEYS: Final = ("prompt", "text", "instruction", "question")
 """The keys of an object, or the columns of a table, that can hold a prompt; the first that is there is taken."""
@@ -125,6 +125,27 @@ def everyday(n: int | None = None) -> list[str]:
     if n is not None and not 1 <= n <= len(prompts):
         raise PromptError(f"n = {n} is not in 1..{len(prompts)}, the number of everyday prompts")
     return prompts[:n]
+
+
+def tone_pairs(n: int | None = None) -> list[tuple[str, str, str]]:
+    """Give the contrast pairs that come with the package: a prompt, a cheerful answer and a gloomy one, all short.
+
+    For first steps, examples and benchmarks: ``sims.fit(model, sims.tone_pairs())``.
+
+    Args:
+        n: how many, from the first; all 64 if None.
+
+    Returns:
+        ``(prompt, cheerful, gloomy)`` each, in a new list.
+
+    Raises:
+        PromptError: ``n`` is less than 1 or more than there are.
+    """
+    lines = files(__name__).joinpath("tone.jsonl").read_text(encoding="utf-8").splitlines()
+    if n is not None and not 1 <= n <= len(lines):
+        raise PromptError(f"n = {n} is not in 1..{len(lines)}, the number of tone pairs")
+    pairs = [json.loads(line) for line in lines[:n]]
+    return [(pair["prompt"], pair["positive"], pair["negative"]) for pair in pairs]
 
 
 def _problem(prompt: str) -> str | None:
