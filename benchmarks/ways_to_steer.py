@@ -106,6 +106,14 @@ def one_seed(model, seed: int, given, rows: list[dict]) -> None:
         print(seed, name, transform, said, file=sys.stderr, flush=True)
 
 
+UNSTEERED = {
+    "factor": 0.0,
+    "perplexity_ratio": [1.0],
+    "evaluation": {"difference": [0.0, 0.0, 0.0], "win_rate": [0.5], "kl": [0.0]},
+}
+"""Where nothing within the budget helps on the calibration prompts, one does not steer."""
+
+
 def table(rows: list[dict]) -> str:
     """Means over seeds, with the smallest and the largest."""
     lines = [
@@ -114,26 +122,16 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys((r["estimator"], r["transform"]) for r in rows):
-        own = [r for r in rows if (r["estimator"], r["transform"]) == key]
-        done = [r for r in own if r["report"]]
-        if not done:
-            lines.append(f"| {key[0]} | {key[1]} | none within the budget helps | | | | | |")
-            continue
-
-        def of(read, done=done):
-            return [read(r["report"]) for r in done]
-
-        effects = of(lambda p: p["evaluation"]["difference"])
-        wins = of(lambda p: p["evaluation"]["win_rate"][0])
-        ratio = np.mean(of(lambda p: p["perplexity_ratio"][0]))
-        kl = np.mean(of(lambda p: p["evaluation"]["kl"][0]))
+        points = [r["report"] or UNSTEERED for r in rows if (r["estimator"], r["transform"]) == key]
+        effects = [p["evaluation"]["difference"] for p in points]
+        wins = [p["evaluation"]["win_rate"][0] for p in points]
+        ratio = np.mean([p["perplexity_ratio"][0] for p in points])
+        kl = np.mean([p["evaluation"]["kl"][0] for p in points])
         middle = [e[0] for e in effects]
-        missing = f" ({len(own) - len(done)} of {len(own)} seeds: nothing helps)" if len(done) < len(own) else ""
-        strengths = [f"{r['report']['factor']:.2g}" for r in done]
+        each = [f"{e[0]:+.1f} [{e[1]:+.1f}, {e[2]:+.1f}]" if any(e) else "0 (unsteered)" for e in effects]
         lines.append(
-            f"| {key[0]} | {key[1]} | {', '.join(strengths)}{missing} "
-            f"| {np.mean(middle):+.1f} [{min(middle):+.1f}, {max(middle):+.1f}] "
-            f"| {'; '.join(f'{e[0]:+.1f} [{e[1]:+.1f}, {e[2]:+.1f}]' for e in effects)} "
+            f"| {key[0]} | {key[1]} | {', '.join(format(p['factor'], '.2g') for p in points)} "
+            f"| {np.mean(middle):+.1f} [{min(middle):+.1f}, {max(middle):+.1f}] | {'; '.join(each)} "
             f"| {np.mean(wins):.2f} [{min(wins):.2f}, {max(wins):.2f}] | {ratio:.2f} | {kl:.2f} |"
         )
     return "\n".join(lines)

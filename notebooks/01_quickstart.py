@@ -86,11 +86,11 @@ print(
 # %%
 config = sims.SIMSConfig(
     iterations=2,
-    sampling=sims.SamplingConfig(max_new_tokens=24),
+    sampling=sims.SamplingConfig(max_new_tokens=20),
     steering=sims.SteeringConfig(layers=(22,)),
-    evaluation=sims.EvaluationConfig(validation=0.0, controls=3, samples=2, measured=1),
+    evaluation=sims.EvaluationConfig(validation=0.0, controls=2, samples=2, measured=1),
 )
-run = sims.improve(model, sims.everyday(60), ranker=sims.ReadingEase(), config=config, out="runs/quickstart")
+run = sims.improve(model, sims.everyday(36), ranker=sims.ReadingEase(), config=config, out="runs/quickstart")
 run
 
 # %% [markdown]

@@ -25,9 +25,9 @@ import numpy as np
 import sims_lens as sims
 
 model = sims.load("embedded", kind="bridge")
-prompts = sims.everyday(56)
-train, heldout = prompts[:36], prompts[36:]
-sampling = sims.SamplingConfig(responses=4, max_new_tokens=24)
+prompts = sims.everyday(40)
+train, heldout = prompts[:26], prompts[26:]
+sampling = sims.SamplingConfig(responses=4, max_new_tokens=20)
 
 # %% [markdown]
 # ## 1. Sample
@@ -116,7 +116,7 @@ config = sims.SIMSConfig(
     iterations=2,
     sampling=sampling,
     steering=sims.SteeringConfig(layers=(22,)),
-    evaluation=sims.EvaluationConfig(validation=0.0, controls=3, samples=2, measured=1),
+    evaluation=sims.EvaluationConfig(validation=0.0, controls=2, samples=2, measured=1),
 )
 run = sims.improve(model, prompts, ranker=ranker, config=config, out="runs/loop")
 run

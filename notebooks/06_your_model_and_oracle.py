@@ -48,7 +48,7 @@ print(mine.cfg.architecture, mine.cfg.n_layers, "layers")
 # ## Prompts from a file
 
 # %%
-Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in sims.everyday(48)))
+Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in sims.everyday(36)))
 prompts = sims.read_prompts("prompts.jsonl")
 len(prompts), prompts[0]
 
@@ -69,9 +69,9 @@ def short_words(prompt, responses):
 # %%
 config = sims.SIMSConfig(
     iterations=2,
-    sampling=sims.SamplingConfig(max_new_tokens=28),
+    sampling=sims.SamplingConfig(max_new_tokens=20),
     steering=sims.SteeringConfig(layers=(20,)),
-    evaluation=sims.EvaluationConfig(validation=0.0, controls=3, samples=2, measured=1),
+    evaluation=sims.EvaluationConfig(validation=0.0, controls=2, samples=2, measured=1),
 )
 run = sims.improve(
     embedded, prompts, ranker=short_words, evaluator=sims.ReadingEase(), config=config, out="runs/short-words"

@@ -462,7 +462,7 @@ def shared_subspace(result: DirectionSimilarity | SharedSubspace, *, components:
 def _line(name: str, colour: str, points: int) -> dict[str, object]:
     return {
         "name": _short(name),
-        "legendgroup": name,
+        "legendgroup": plotly_text(name),
         "mode": "lines+markers",
         "line": {"color": colour},
         "marker": {"color": colour, "size": 4 if points > 1 else 9},

@@ -1,0 +1,73 @@
+"""Every result has its figures, and the report takes them with results' tables, all of it escaped."""
+
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+from common import KINDS, plan_of, vector
+from test_report import write_run
+
+import sims_lens as sims
+from sims_lens.plots.overview import _FIGURES
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+PAIRS = [(f"Say {k}. {HOSTILE}", f"yes {k} {HOSTILE}", "no, never") for k in range(4)]
+
+
+@pytest.fixture(scope="module")
+def results(zoo: Any) -> list[object]:
+    model = zoo("llama", KINDS[0])
+    named = {HOSTILE: {0: vector(0), 1: vector(1)}, "other": {0: vector(2), 1: vector(3)}}
+    behaviour = sims.PairBehaviour(PAIRS, name=HOSTILE)
+    plan = plan_of(0, 1, scope="generation")
+    return [
+        sims.layer_sweep(model, named, coefficients=(0.1, 0.2), behaviour=behaviour, progress=False),
+        sims.vector_norms(named, model, progress=False),
+        sims.direction_similarity(named, model=model),
+        sims.readout(model, named, progress=False),
+        sims.token_scores(model, PAIRS[0][:2], {0: vector(0)}),
+        sims.leave_one_out(model, plan, behaviour, controls=1, progress=False),
+        sims.component_effects(model, plan, behaviour, exact=4, progress=False),
+        sims.direction_readers(model, plan, behaviour, exact=2, progress=False),
+        sims.directional_ablation(model, named["other"], behaviour, layer=1, controls=1, progress=False),
+        sims.logit_attribution(model, PAIRS[0][:2], plan, answer="y"),
+    ]
+
+
+def test_every_result_has_figures_with_titles_and_axes(results: list[object]) -> None:
+    for result in results:
+        drawn = sims.plots.figures(result)
+        assert drawn, type(result)
+        for figure in drawn:
+            assert figure.layout.title.text and figure.layout.template.layout.colorway
+            titled = [
+                a.title.text or a.tickmode or a.tickvals for a in [*figure.select_xaxes(), *figure.select_yaxes()]
+            ]
+            assert any(titled), (type(result).__name__, figure.layout.title.text)
+            assert "<img" not in figure.to_json().replace("\\u003c", "<"), figure.layout.title.text
+
+
+def test_every_result_shows_itself_and_hides_no_markup(results: list[object]) -> None:
+    for result in results:
+        assert len(repr(result).splitlines()) < 60 and "object at 0x" not in repr(result)
+        assert "<img" not in result._repr_html_(), type(result)  # type: ignore[attr-defined]
+        if hasattr(result, "table"):
+            assert len(result.table()), type(result)
+
+
+def test_what_has_no_figures_is_refused() -> None:
+    with pytest.raises(sims.SimsError, match="LayerSweep"):
+        sims.plots.figures("a sweep")
+    assert {"Run", "Audit", "Calibration"} <= {kind.__name__ for kind in _FIGURES}
+
+
+def test_the_report_takes_results_and_figures(results: list[object], tmp_path: Path) -> None:
+    finished_run = write_run(tmp_path / "run")
+    figure = sims.plots.slider({"a": sims.plots.win_rate(finished_run), "b": sims.plots.win_rate(finished_run)})
+    page = sims.write_report(finished_run, tmp_path / "page.html", analyses=[*results, figure, go.Figure(figure)])
+    text = page.read_text()
+    assert text.count('class="figure"') >= len(results) and f"analysis-{len(results) + 1}-1" in text
+    assert "<img" not in text.replace("\\u003c", "<").replace("img-src", "")
+    with pytest.raises(sims.SimsError, match="no figures"):
+        sims.write_report(finished_run, tmp_path / "other.html", analyses=["text"])
