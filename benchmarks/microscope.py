@@ -61,8 +61,8 @@ def of_run(model, run: sims.Run) -> tuple[list[object], dict[str, go.Figure]]:
         "run_readout_drift": plots.readout_drift(found),
         "sample_browser": plots.sample_browser(run),
         "slider": plots.slider(
-            {f"iteration {k}": plots.layer_similarity(run, k) for k in range(1, len(run.iterations) + 1)},
-            label="",
+            {str(k): plots.layer_similarity(run, k) for k in range(1, len(run.iterations) + 1)},
+            label="iteration",
         ),
     }
     return [similarity, found, sims.vector_norms(run, model)], figures

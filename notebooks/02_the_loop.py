@@ -25,8 +25,8 @@ import numpy as np
 import sims_lens as sims
 
 model = sims.load("embedded", kind="bridge")
-prompts = sims.everyday(40)
-train, heldout = prompts[:26], prompts[26:]
+prompts = sims.everyday(34)
+train, heldout = prompts[:22], prompts[22:]
 sampling = sims.SamplingConfig(responses=4, max_new_tokens=20)
 
 # %% [markdown]

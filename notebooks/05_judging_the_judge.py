@@ -25,8 +25,8 @@ import random
 import sims_lens as sims
 
 model = sims.load("embedded", kind="bridge")
-prompts = sims.everyday(20)
-sampler = sims.LocalSampler(model, sims.SamplingConfig(max_new_tokens=32))
+prompts = sims.everyday(10)
+sampler = sims.LocalSampler(model, sims.SamplingConfig(max_new_tokens=24))
 drawn = list(sampler.sample(prompts, n=4, plan=sims.SteeringPlan(()), seed=0))
 responses = [[s.text for s in drawn if s.prompt == i] for i in range(len(prompts))]
 responses[0]
