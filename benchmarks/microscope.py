@@ -29,7 +29,7 @@ def results(model, train, test) -> dict[str, object]:
     }
     return {
         "sweep": sims.layer_sweep(model, fitted, coefficients=(0.05, 0.1, 0.2, 0.4), behaviour=test),
-        "norms": sims.vector_norms(fitted, model),
+        "norms": sims.vector_norms(model, fitted),
         "similarity": sims.direction_similarity(others, model=model),
         "readout": sims.readout(model, fitted, texts=[pair[:2] for pair in test[:4]]),
         "tokens": sims.token_scores(model, TEXT, fitted, layer=17, plan=plan),
@@ -65,7 +65,7 @@ def of_run(model, run: sims.Run) -> tuple[list[object], dict[str, go.Figure]]:
             label="iteration",
         ),
     }
-    return [similarity, found, sims.vector_norms(run, model)], figures
+    return [similarity, found, sims.vector_norms(model, run)], figures
 
 
 def write(figures: dict[str, go.Figure], folder: Path) -> None:

@@ -74,7 +74,7 @@ said
 # far typical text already lies along the direction.
 
 # %%
-norms = sims.vector_norms(fitted, model)
+norms = sims.vector_norms(model, fitted)
 sims.plots.norm_profile(norms)
 
 # %%

@@ -84,6 +84,10 @@ class PairBehaviour:
     name: str = "log-probability margin"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pairs, Sequence) or isinstance(self.pairs, (str, bytes)):
+            raise PromptError(
+                f"a behaviour needs a list of pairs, [(prompt, positive, negative), ...]; got {quote(repr(self.pairs))}"
+            )
         pairs = tuple(tuple(pair) if isinstance(pair, (tuple, list)) else pair for pair in self.pairs)
         if not pairs:
             raise PromptError("a behaviour needs pairs of texts, [(prompt, positive, negative), ...]; there are none")

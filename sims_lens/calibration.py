@@ -24,7 +24,7 @@ from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError, PlanError, PromptError
 from sims_lens.evaluate import Effect, Evaluation, evaluate, side_effects
-from sims_lens.hooks import resolve
+from sims_lens.hooks import check_unsteered, resolve
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
@@ -420,6 +420,7 @@ def calibrate(
         PromptError: prompts are empty, duplicate, too few, or longer than the context.
         RankerError: the ranker failed.
     """
+    check_unsteered(model)
     if (ranker is None) == (behaviour is None):
         given = "both" if ranker is not None else "neither"
         raise ConfigError(f"calibrate needs one of ranker= and behaviour=, got {given}")

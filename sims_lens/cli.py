@@ -274,6 +274,10 @@ class Sweep:
         from sims_lens.run import open_run
         from sims_lens.supervised import read_pairs
 
+        if self.pairs is not None and self.ranker is not None:
+            raise PlanError("give --pairs or --ranker, not both")
+        if self.run_dir.is_file() and self.pairs is None and self.ranker is None:
+            raise PlanError("give --pairs or --ranker: a plan file holds no texts to measure on")
         if self.html is not None and not self.html.parent.is_dir():
             raise PlanError(f"folder {self.html.parent} of --html {self.html} does not exist; create it first")
         ranker = None if self.ranker is None else get_ranker(self.ranker)
@@ -343,7 +347,7 @@ def _microscope(run: "Run", name: str | None) -> list[object]:
     _, model = _planned(run.path, name, None)
     return [
         analysis.layer_sweep(model, run),
-        analysis.vector_norms(run, model),
+        analysis.vector_norms(model, run),
         analysis.direction_similarity(run, model=model),
         analysis.readout(model, run),
     ]
@@ -355,6 +359,8 @@ def _planned(path: Path, name: str | None, kind: str | None) -> tuple["SteeringP
     from sims_lens.plan import SteeringPlan
     from sims_lens.run import open_run
 
+    if not path.exists():
+        raise PlanError(f"there is no plan or run at {path}")
     plan = SteeringPlan.load(path) if path.is_file() else open_run(path).plan
     name = name or plan.provenance.model
     return plan, load("embedded" if name in (EMBEDDED, "") else name, kind=kind)

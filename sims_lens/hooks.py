@@ -354,8 +354,10 @@ def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
         PlanError: the plan does not fit the model.
     """
     if not isinstance(plan, SteeringPlan):
+        makes_one = isinstance(getattr(type(plan), "plan", None), property)
+        has = "its plan is .plan" if makes_one else "make one with .plan(layer)" if hasattr(plan, "plan") else ""
         raise PlanError(
-            f"expected a SteeringPlan, got {type(plan).__name__}; see SteeringPlan.addition({{layer: vector}})"
+            f"expected a SteeringPlan, got {type(plan).__name__}; {has or 'see SteeringPlan.addition({layer: vector})'}"
         )
     check_fits(adapt(model), plan)
     if all(i.units == "absolute" or i.residual_norm is not None for i in plan.interventions):
@@ -373,6 +375,16 @@ def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
             for i in plan.interventions
         ),
     )
+
+
+def check_unsteered(model: Any) -> None:
+    """Raise :class:`ModelError` where a plan is attached: what compares with the unsteered model needs it unsteered."""
+    adapter = adapt(model)
+    if model.__dict__.get(TRACKER) is not None:
+        raise ModelError(
+            f"a plan is attached to {adapter.name}, and this compares with the unsteered model: leave its `with` "
+            "block, or detach it, first"
+        )
 
 
 def check_fits(adapter: Adapter, plan: SteeringPlan) -> None:

@@ -52,6 +52,12 @@ def write_report(run: Run | str | Path, path: str | Path | None = None, *, analy
     Raises:
         RunError: there is no run, it is damaged, or ``path`` is a folder.
     """
+    if not isinstance(run, (Run, str, Path)):
+        raise RunError(
+            f"a report is of a run or its directory, not a {type(run).__name__}; pass it in analyses=[...]"
+        )
+    if not isinstance(analyses, (list, tuple)):
+        raise RunError(f"analyses must be a list of results or figures, got a {type(analyses).__name__}; write [it]")
     if not isinstance(run, Run):
         run = open_run(run)
     path = Path(path) if path is not None else run.path / "report.html"

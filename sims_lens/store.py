@@ -29,6 +29,8 @@ from sims_lens.errors import RunError
 FORMAT = "sims_lens.run"
 FORMAT_VERSION = 1
 
+_DAMAGED = "delete the folder that it is in and start the same again: what is missing is computed anew"
+
 
 class Folder:
     """One folder of a run: steps are computed once and read back after that."""
@@ -162,7 +164,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); delete its folder and resume the run") from error
+        raise RunError(f"{path} is damaged ({error}); {_DAMAGED}") from error
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -176,7 +178,7 @@ def read_jsonl(path: Path) -> list[Any]:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); delete its folder and resume the run") from error
+        raise RunError(f"{path} is damaged ({error}); {_DAMAGED}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -191,7 +193,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"cannot read {path} ({error}); delete its folder and resume the run") from error
+        raise RunError(f"cannot read {path} ({error}); {_DAMAGED}") from error
 
 
 class RunStore:

@@ -24,7 +24,7 @@ from sims_lens.data import Sample
 from sims_lens.errors import PlanError, SimsError
 from sims_lens.estimators.quality import LEAST_PAIRS
 from sims_lens.evaluate import side_effects
-from sims_lens.hooks import check_fits
+from sims_lens.hooks import check_fits, check_unsteered
 from sims_lens.plan import NOTHING, Intervention, SteeringPlan
 from sims_lens.prompts import check_prompts
 from sims_lens.run import Run
@@ -99,6 +99,7 @@ class Console:
         seed: int = 0,
     ) -> None:
         self.model, self.sampling, self.seed = model, sampling or SamplingConfig(), seed
+        check_unsteered(model)
         self._adapter = adapt(model)
         self._plan = _plan_of(source)
         self._moves = isinstance(source, SteeringPlan)
@@ -128,6 +129,11 @@ class Console:
             along = float(i.transform.tensors()["vector"].float() @ self.direction(i.layer))
             found[i.layer] = found.get(i.layer, 0.0) + strength * along
         return found
+
+    def __repr__(self) -> str:
+        return (
+            f"Console of {self._directions.name} on {self._adapter.name}, layers {self.layers[0]} to {self.layers[-1]}"
+        )
 
     def direction(self, layer: int) -> Float[Tensor, " d_model"]:
         """The unit direction that is added at a layer.
@@ -358,6 +364,7 @@ class _Panel:
                     self.layer.value, self.coefficient.value, self.prompt.value, tokens=self.tokens.value
                 )
             except Exception as error:  # an exception in a widget's callback is shown to nobody
+                self.output.value = ""  # an old answer beside new sliders would be taken for theirs
                 self.status.value = f'<span role="alert">{html.escape(_line(error))}</span>'
             else:
                 self.output.value, self.status.value = view._repr_html_(), ""

@@ -26,7 +26,7 @@ from sims_lens.analysis.ablation import (
     variance_share,
 )
 from sims_lens.behaviour import PairBehaviour
-from sims_lens.errors import ConfigError, PlanError, RunError
+from sims_lens.errors import ConfigError, ModelError, PlanError, RunError
 from sims_lens.iteration import compose
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.plots import ablation as plots
@@ -132,6 +132,22 @@ def test_parts_that_do_each_others_work(zoo: Any) -> None:
     assert [p.alone.estimate for p in found.parts] == pytest.approx([1.0, 1.0])
     assert found.beyond_sum.estimate == pytest.approx(-1.0)
     assert "No part by itself is needed" in found.verdict() and found.parts[0].replaced is None
+
+
+@pytest.mark.parametrize(("units", "told"), [(6, False), (7, True)])
+def test_too_few_units_are_said_to_be_too_few(zoo: Any, units: int, told: bool) -> None:
+    """Two parts: 2 * 2/2^6 = 0.0625, 2 * 2/2^7 = 0.03."""
+    plan = SteeringPlan.addition({0: 3.0 * AXIS, 2: 3.0 * AXIS}, scope="all")
+    behaviour = Linear({0: AXIS, 2: AXIS}, units=units)
+    found = leave_one_out(zoo("llama", "bridge"), plan, behaviour, controls=1, progress=False)
+    assert ("falls without layer 0 and layer 2" in found.verdict()) == told
+    few = "Too few prompts to tell which part the effect"
+    assert (few in found.verdict() and "there are 6, and no test of 2 parts" in found.verdict()) == (not told)
+    assert told or found.verdict().endswith("can be significant below 7.")
+    assert "1 random replacement" in repr(found) and "1 random replacements" not in repr(found)
+    assert " to " not in repr(found).splitlines()[2]  # the range of one control is one number
+    (diamonds,) = (t.name for t in plots.leave_one_out(found).data if "random" in (t.name or ""))
+    assert diamonds == "lost if its direction is random"
 
 
 def test_without_an_effect_there_is_no_share(zoo: Any) -> None:
@@ -345,7 +361,7 @@ def test_another_direction_is_not(untouched: Any, hidden: torch.Tensor) -> None:
 def test_the_values_are_those_of_plain_plans(
     untouched: Any, hidden: torch.Tensor, ablated: DirectionalAblation
 ) -> None:
-    plan = ablation_plan(3, hidden)
+    plan = ablation_plan(3, hidden, scope="generation")
     base, without = (BIAS.measure(untouched, p).double().numpy() for p in (NOTHING, plan))
     assert ablated.baseline.to_json() == pytest.approx(bootstrap_mean(base).to_json(), abs=1e-3)
     assert ablated.difference.to_json() == pytest.approx(bootstrap_mean(without - base).to_json(), abs=1e-3)
@@ -357,7 +373,7 @@ def test_the_values_are_those_of_plain_plans(
             tokens = torch.tensor([ids])
             both = []
             for p in (NOTHING, plan):
-                with sims.steering(untouched, p), torch.no_grad():
+                with sims.steering(untouched, p) as steered, torch.no_grad(), steered.prompt(len(ids)):
                     both.append(-float(untouched(tokens)[0, -1].log_softmax(-1)[target]))
             rises.append(both[1] - both[0])
     assert ablated.nll is not None and ablated.nll.estimate == pytest.approx(float(np.mean(rises)), abs=1e-3)
@@ -389,6 +405,58 @@ def test_the_matched_controls_hold_the_directions_variance(model: Any) -> None:
     assert len({c.variance for c in found.controls}) == 6
 
 
+@pytest.mark.parametrize("scope", ["all", "prompt", "last_prompt", "response", "generation"])
+def test_variance_is_that_of_the_scope(untouched: Any, hidden: torch.Tensor, scope: str) -> None:
+    """Of the tokens that are ablated, without first positions; and controls match where tokens are few."""
+    found = directional_ablation(untouched, {1: hidden}, PAIRS, scope=scope, controls=2, progress=False)
+    adapter, stream = adapt(untouched), []
+    for prompt, *texts in PAIRS:
+        for text in texts:
+            ids, answer = adapter.encode(prompt), adapter.encode_response(text)
+            _, cache = untouched.run_with_cache(torch.tensor([[*ids, *answer]]))
+            end = {"prompt": len(ids), "last_prompt": len(ids)}.get(scope)
+            start = {"all": 1, "prompt": 1, "response": len(ids)}.get(scope, len(ids) - 1)
+            stream.append(cache["blocks.1.hook_resid_post"][0, start:end].detach())
+    assert found.variance == pytest.approx(variance_share(torch.cat(stream), hidden), rel=1e-3)
+    for control in found.of_kind("matched"):
+        assert control.variance == pytest.approx(found.variance, rel=1e-3)
+    assert found.first_position == (scope in ("all", "prompt"))
+    for text in (repr(found), found._repr_html_()):
+        assert ("first position is ablated too" in text) == found.first_position
+
+
+def test_by_default_the_first_position_is_left_alone(untouched: Any, ablated: DirectionalAblation) -> None:
+    assert ablated.scope == "generation" and not ablated.first_position
+    alone = [(prompt, "a", "c") for prompt in "xyz"]
+    assert not directional_ablation(untouched, {1: vector()}, alone, controls=1, progress=False).first_position
+
+
+def test_one_token_has_no_variance_to_match(untouched: Any) -> None:
+    pairs = [("So", "a", "c"), ("So", "b", "d")]
+    with pytest.raises(ConfigError, match=r"the same at all 4 tokens of scope 'last_prompt', .* give more prompts"):
+        directional_ablation(untouched, {1: vector()}, pairs, scope="last_prompt", progress=False)
+
+
+def test_one_control_of_each_kind_is_one(untouched: Any, hidden: torch.Tensor) -> None:
+    found = directional_ablation(untouched, {1: hidden}, BIAS, controls=1, progress=False)
+    text = repr(found)
+    assert "1 random directions" not in text and " to " not in text.splitlines()[4]
+    assert "more than without a random direction (" in text and ") or a random direction of the same variance (" in text
+
+
+def test_a_list_of_pairs_is_a_behaviour(llama: Any) -> None:
+    behaviour = PairBehaviour(PAIRS)
+    for analysis in (leave_one_out, directional_ablation):
+        one, other = (analysis(llama, plan_of(1), each, controls=1, progress=False) for each in (PAIRS, behaviour))
+        assert one.table().equals(other.table())
+
+
+def test_a_steered_model_is_refused(llama: Any) -> None:
+    for analysis in (leave_one_out, directional_ablation):
+        with sims.steering(llama, plan_of(0)), pytest.raises(ModelError, match="a plan is attached"):
+            analysis(llama, plan_of(1), PAIRS, progress=False)
+
+
 def test_variance_shares_add_up() -> None:
     stream = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7)
     shares = [variance_share(stream, 4.0 * row) for row in torch.eye(6)]
@@ -409,9 +477,12 @@ def test_sampled_behaviour_and_a_run_choose_their_layer(tmp_path: Path, llama: A
     sampled = sims.SampledBehaviour(
         vowels, ["Hi", "Why?", "So"], sampling=sims.SamplingConfig(max_new_tokens=4, top_k=None)
     )
-    found = directional_ablation(llama, plan_of(2), sampled, controls=1, scope="generation", progress=False)
+    found = directional_ablation(llama, plan_of(2), sampled, controls=1, progress=False)
     assert found.layer == 2 and found.nll is None and found.scope == "generation"
     assert "NLL" not in repr(found)
+    for scope in ("prompt", "response"):
+        found = directional_ablation(llama, plan_of(2), sampled, controls=1, scope=scope, progress=False)
+        assert found.of_kind("matched")[0].variance == pytest.approx(found.variance, rel=1e-3)
     run = write_run(tmp_path / "run")
     with pytest.raises(PlanError, match="layer 8 is not in"):  # the layer that the run steers
         directional_ablation(llama, run, sampled, progress=False)
@@ -434,8 +505,8 @@ def test_what_is_refused(llama: Any) -> None:
         leave_one_out(llama, plan_of(1), pairs, controls=-1)
     with pytest.raises(ConfigError, match="seed must be an integer from 0 up, got None"):
         leave_one_out(llama, plan_of(1), pairs, seed=None)
-    with pytest.raises(ConfigError, match=r"expected a behaviour such as sims.PairBehaviour.* got list"):
-        leave_one_out(llama, plan_of(1), PAIRS)
+    with pytest.raises(ConfigError, match=r"expected a behaviour such as sims.PairBehaviour.* got int"):
+        leave_one_out(llama, plan_of(1), 3)
     with pytest.raises(ConfigError, match="two units of the behaviour or more, got 1 pair"):
         leave_one_out(llama, plan_of(1), PairBehaviour(PAIRS[:1]), progress=False)
     with pytest.raises(PlanError, match="layer 7"):

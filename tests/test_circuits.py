@@ -267,7 +267,7 @@ def test_agrees_with_transformer_lens_attribution(llama: Any) -> None:
         pytest.skip("TransformerLens' attribution patching is for bridges")
     plan = plan_of(0, scope="all")
     prompt, positive, negative = PAIRS[0]
-    found = component_effects(llama, plan, [PAIRS[0]], exact=1, progress=False)
+    found = component_effects(llama, plan, [PAIRS[0], PAIRS[0]], exact=1, progress=False)
     adapter, total = adapt(llama), {}
     for text, sign in ((positive, 1.0), (negative, -1.0)):
         ids, answer = adapter.encode(prompt), adapter.encode_response(text)
@@ -307,7 +307,8 @@ def test_several_sites_and_decays(llama: Any) -> None:
     read = direction_readers(llama, plan, PAIRS, exact=2, progress=False)
     assert len(read.top()) == 2 and read.components[-1].component == Component(2, "mlp")
     ablated = component_effects(llama, plan.restrict([2]).using(sims.Ablation), PAIRS, exact=3, progress=False)
-    assert not any(each.active for each in ablated.components) and ablated.direct.share.estimate == pytest.approx(1.0)
+    assert not any(each.active for each in ablated.components)
+    assert ablated.direct.nats.estimate == pytest.approx(ablated.effect.estimate, abs=1e-6)
 
 
 def test_the_last_layer_has_only_the_way_straight_to_the_logits(llama: Any) -> None:
@@ -354,6 +355,46 @@ def test_the_plan_is_left_alone(llama: Any) -> None:
 def test_refuses_a_count_that_is_none(llama: Any, exact: Any, unchecked: None) -> None:
     with pytest.raises(ConfigError, match="exact must be 'all'"):
         component_effects(llama, plan_of(1), PAIRS, exact=exact, progress=False)
+
+
+def test_refuses_one_pair_and_a_steered_model(llama: Any) -> None:
+    for analysis in (component_effects, direction_readers):
+        for pairs in (PAIRS[:1], PairBehaviour(PAIRS[:1])):
+            with pytest.raises(ConfigError, match="need two or more, got 1; give more"):
+                analysis(llama, plan_of(1), pairs, progress=False)
+        with sims.steering(llama, plan_of(0)), pytest.raises(ModelError, match="a plan is attached"):
+            analysis(llama, plan_of(1), PAIRS, progress=False)
+
+
+@pytest.mark.parametrize("analysis", [component_effects, direction_readers])
+def test_an_effect_that_may_be_zero_has_no_shares(llama: Any, analysis: Any) -> None:
+    """Each pair with its opposite: the effects cancel, and their interval holds zero."""
+    pairs = [*PAIRS, *((prompt, negative, positive) for prompt, positive, negative in PAIRS)]
+    found = analysis(llama, plan_of(1), pairs, exact="all", progress=False)
+    assert found.effect.low < 0 < found.effect.high
+    assert found.direct.share is None
+    assert all(each.gradient.share is None for each in found.components)
+    assert any(abs(each.lost.nats.low) > 0 for each in found.components)
+    table = found.table()
+    assert table.filter(like="_share").isna().all().all() and table["lost"].notna().all()
+    assert "%" not in repr(found).replace("[95%]", "") and "there are no shares of it" in repr(found)
+    figure = draw(found) if analysis is component_effects else draw_readers(found)
+    assert np.isfinite(np.array(figure.data[0].z, dtype=float)).all()  # nats instead
+    assert figure.data[0].colorbar.title.text == "nats per<br>token"
+    assert "%" not in figure.layout.title.subtitle.text and "%" not in str(figure.data[0].text)
+
+
+@pytest.mark.parametrize("exact", [4, 5])
+def test_few_components_are_not_ranked(llama: Any, exact: int) -> None:
+    found = component_effects(llama, plan_of(0), PAIRS, exact=exact, progress=False)
+    few = exact < 5
+    assert math.isnan(found.agreement.estimate) == few
+    assert ("too few components to rank" in repr(found)) == few and "nan" not in repr(found)
+    assert ("Spearman" in repr(found)) != few
+    subtitle = attribution_check(found).layout.title.subtitle.text
+    assert ("too few to rank" in subtitle) == few and "nan" not in subtitle
+    one = component_effects(llama, plan_of(0), PAIRS, exact=1, progress=False)
+    assert "1 was patched" in repr(one) and attribution_check(one).layout.title.subtitle.text.startswith("1 component:")
 
 
 def test_refuses_what_has_no_margin(llama: Any, unchecked: None) -> None:

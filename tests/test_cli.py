@@ -96,7 +96,8 @@ def test_report_writes_a_page(run: Path, tmp_path: Path) -> None:
         (["improve", "--prompts", "PROMPTS", "--ranker", "taste"], "taste"),
         (["improve", "--prompts", "PROMPTS", "--sampling.responses", "1"], "got 1"),
         (["improve", "--prompts", "PROMPTS", "--steering.site", "resid_mid"], "resid_mid"),
-        (["generate", "--run", "nowhere", "--prompt", "a"], "nowhere"),
+        (["generate", "--run", "nowhere", "--prompt", "a"], "there is no plan or run at nowhere"),
+        (["sweep", "--run", "plan.safetensors"], "there is no plan or run at plan.safetensors"),
         (["generate", "--run", "RUN", "--prompt", ""], "prompt"),
         (["report", "nowhere"], "nowhere"),
         (["report", "RUN", "--json", "no/such/folder/x.json"], "no/such/folder"),
@@ -205,7 +206,10 @@ def test_sweep_of_a_run_and_of_a_plan(
     pairs.write_text("".join(f'{{"prompt": "Q{k}", "positive": "yes {k}", "negative": "no"}}\n' for k in range(5)))
     assert main(["sweep", "--run", str(fitted), "--pairs", str(pairs), "--model", model]) == 0
     assert main(["sweep", "--run", str(fitted), "--model", model]) == 2
-    assert "error:" in capsys.readouterr().err
+    assert "error: give --pairs or --ranker" in capsys.readouterr().err
+    both = ["--pairs", str(pairs), "--ranker", "reading-ease"]
+    assert main(["sweep", "--run", str(fitted), "--model", model, *both]) == 2
+    assert "error: give --pairs or --ranker, not both" in capsys.readouterr().err
 
 
 def test_report_under_the_microscope(run: Path, tmp_path: Path, model: str) -> None:

@@ -26,7 +26,7 @@ from sims_lens.analysis.similarity import (
     principal_angles,
     random_cosine,
 )
-from sims_lens.errors import ConfigError, FitError, PlanError, PromptError, RunError
+from sims_lens.errors import ConfigError, FitError, ModelError, PlanError, PromptError, RunError
 from sims_lens.plots import geometry
 from sims_lens.stats import holm
 
@@ -64,7 +64,7 @@ def slow_stream(model: Any, row: tuple[Sequence[int], Sequence[int]], layer: int
 @pytest.mark.parametrize("scope", [None, "all"])
 def test_norms_are_those_of_a_loop_over_single_rows(model: Any, scope: str | None) -> None:
     vectors = {0: 3.0 * vector(1), 2: vector(2)}
-    found = vector_norms(vectors, model, texts=TEXTS, scope=scope, batch_rows=3, progress=False)
+    found = vector_norms(model, vectors, texts=TEXTS, scope=scope, batch_rows=3, progress=False)
     rows, _ = encode_texts(adapt(model), TEXTS)
     for d, stream in zip(found.directions, found.residual, strict=True):
         axis = vectors[d.layer].double() / vectors[d.layer].double().norm()
@@ -99,41 +99,83 @@ def test_the_first_position_is_in_its_own_figure_only(llama: Any) -> None:
         new[:, 0] = 1e4
         return new
 
-    before = vector_norms({1: vector()}, llama, texts=["Hello there."], progress=False)
+    before = vector_norms(llama, {1: vector()}, texts=["Hello there."], progress=False)
     handle = point.register_forward_hook(massive)  # a single text: no padding, column 0 is its first position
     try:
-        after = vector_norms({1: vector()}, llama, texts=["Hello there."], progress=False)
+        after = vector_norms(llama, {1: vector()}, texts=["Hello there."], progress=False)
     finally:
         handle.remove()
     assert after.residual[0].first_position == pytest.approx(1e4 * math.sqrt(D_MODEL))
     assert replace(after.residual[0], first_position=0.0) == replace(before.residual[0], first_position=0.0)
-    assert after.directions[0].projection == before.directions[0].projection
+    assert after.directions[0].projection.estimate == before.directions[0].projection.estimate
 
 
 def test_a_steered_model_is_read_as_it_is_steered(llama: Any) -> None:
     added = 5.0 * vector(3)
     plan = sims.SteeringPlan.addition({1: added}, coefficient=1.0, units="absolute", scope="response")
-    before = vector_norms({1: added}, llama, texts=TEXTS, progress=False)
+    before = model_axes(llama, texts=TEXTS, components=0)["mean stream"].at(1)
     with sims.steering(llama, plan):
-        after = vector_norms({1: added}, llama, texts=TEXTS, progress=False)
-    moved = after.directions[0].projection.estimate - before.directions[0].projection.estimate
-    assert moved == pytest.approx(float(added.norm()), rel=1e-4)
+        after = model_axes(llama, texts=TEXTS, components=0)["mean stream"].at(1)
+    assert torch.allclose(after - before, added, atol=1e-3)
+
+
+def test_what_compares_with_the_unsteered_model_refuses_a_steered_one(llama: Any) -> None:
+    with sims.steering(llama, plan_of(1)):
+        with pytest.raises(ModelError, match="a plan is attached"):
+            vector_norms(llama, {1: vector()}, texts=TEXTS, progress=False)
+        with pytest.raises(ModelError, match="a plan is attached"):
+            direction_similarity({1: vector()}, {1: vector(1)}, model=llama)
+        assert direction_similarity({1: vector()}, {1: vector(1)}).pairs  # needs no model
+
+
+def test_unit_directions_have_a_projection_and_no_norm(llama: Any) -> None:
+    pairs = [(f"Say {w}.", f" yes {w}", f" no {w}") for w in "abcdef"]
+    fitted = sims.fit(llama, pairs, layers=[1], estimator=sims.HouseholderRotation(epochs=1))
+    turn = sims.SteeringPlan.of({0: sims.Rotation(vector(7)), 2: sims.Addition(2.0 * vector(8))})
+    source = {"fit": fitted, "turn": turn, "added": {1: 3.0 * vector(1)}}
+    found = vector_norms(llama, source, texts=TEXTS, progress=False)
+    table = found.table().set_index(["name", "layer"])
+    lengths = ["norm", "relative_to_median", "relative_to_mean", "norm_in_sd"]
+    for where in (("fit", 1), ("turn", 0)):
+        assert table.loc[where, lengths].isna().all() and math.isfinite(table.loc[where, "projection_relative"])
+    assert table.loc[("added", 1), "norm"] == pytest.approx(float(3 * vector(1).norm()))
+    assert table.loc[("turn", 2), lengths].notna().all()
+    lines = {line.split()[0]: line for line in repr(found).splitlines()[2:]}
+    assert "unit direction" in lines["fit"] and "unit direction" not in lines["turn"] + lines["added"]
+    names = [trace.name for trace in geometry.norm_profile(found).data]
+    assert "fit (unit direction)" in names and "turn" in names
+
+
+def test_one_text_has_no_interval_and_no_plural(llama: Any) -> None:
+    found = vector_norms(llama, {1: vector()}, texts=["Hello there."], progress=False)
+    p = found.directions[0].projection
+    assert math.isfinite(p.estimate) and math.isnan(p.low) and math.isnan(p.high)
+    assert ": 1 text, " in repr(found) and "[one prompt]" in repr(found)
+    subtitle = geometry.projection_profile(found).layout.title.subtitle.text
+    assert subtitle.startswith("1 text, ")
+    twice = vector_norms(llama, {1: vector()}, texts=TEXTS[:2], progress=False)  # of one prompt
+    assert math.isnan(twice.directions[0].projection.low) and ": 2 texts, " in repr(twice)
 
 
 def test_norms_refuse_what_does_not_fit(llama: Any, unchecked: None) -> None:
     with pytest.raises(PlanError, match=r"layer 7 is not in 0\.\.2"):
-        vector_norms({7: vector()}, llama)
+        vector_norms(llama, {7: vector()})
     with pytest.raises(PlanError, match="d_model 5"):
-        vector_norms({0: torch.ones(5)}, llama)
+        vector_norms(llama, {0: torch.ones(5)})
     with pytest.raises(PromptError, match="a list of prompts"):
-        vector_norms({0: vector()}, llama, texts="Hello")
+        vector_norms(llama, {0: vector()}, texts="Hello")
     with pytest.raises(PromptError, match="text 0 is"):
-        vector_norms({0: vector()}, llama, texts=[("a", "b", "c")])
+        vector_norms(llama, {0: vector()}, texts=[("a", "b", "c")])
     with pytest.raises(PromptError, match="the context 128"):
-        vector_norms({0: vector()}, llama, texts=["a" * 200])
-    with pytest.raises(PromptError, match="no token of the 1 texts is in scope 'response'"):
-        vector_norms({0: vector()}, llama, texts=["Hello"], scope="response", progress=False)
-    found = vector_norms({0: vector()}, llama, texts=["Hello"], progress=False)
+        vector_norms(llama, {0: vector()}, texts=["a" * 200])
+    with pytest.raises(PromptError, match="no token of the 1 text is in scope 'response'"):
+        vector_norms(llama, {0: vector()}, texts=["Hello"], scope="response", progress=False)
+    with pytest.raises(PromptError, match="text 1 is empty: ''; leave it out"):
+        vector_norms(llama, {0: vector()}, texts=["Hello", ""])
+    for rows in (0, 1.5):
+        with pytest.raises(ConfigError, match=f"batch_rows must be an integer of at least 1, got {rows}"):
+            vector_norms(llama, {0: vector()}, texts=["Hello"], batch_rows=rows)  # type: ignore[arg-type]
+    found = vector_norms(llama, {0: vector()}, texts=["Hello"], progress=False)
     with pytest.raises(PlanError, match="no direction 'x'; there are 'vectors'"):
         found.of("x")
     with pytest.raises(PlanError, match="not measured at resid_post of layer 2"):
@@ -344,7 +386,7 @@ def test_a_runs_pairs_are_read_again_as_the_loop_read_them(run: tuple[Any, Any],
 
 def test_a_runs_held_out_responses_are_the_default(run: tuple[Any, Any]) -> None:
     turns, model = run
-    found = vector_norms(turns, model, progress=False)
+    found = vector_norms(model, turns, progress=False)
     samples = [s for s in turns.samples(0) if s.tokens]
     texts = [(turns.prompts[s.prompt], s.tokens) for s in samples]
     assert found.texts == len(samples) and found.scope == "response" and found.names == ("iteration 1", "iteration 2")
@@ -357,7 +399,7 @@ def test_a_runs_held_out_responses_are_the_default(run: tuple[Any, Any]) -> None
         scored = sorted((s.score or 0.0, m) for s, m in zip(samples, means, strict=True) if s.prompt == prompt)
         gaps += [scored[-1][1] - scored[0][1]] if scored[-1][0] > scored[0][0] else []
     assert gaps and d.gap.estimate == pytest.approx(np.mean(gaps), rel=1e-3, abs=1e-4)
-    named_run = vector_norms({"mine": turns}, model, progress=False)
+    named_run = vector_norms(model, {"mine": turns}, progress=False)
     assert named_run.texts == len(samples) and named_run.names[0] == "mine, iteration 1"
 
 
@@ -453,7 +495,18 @@ def test_similarity_refuses_what_cannot_be_compared(llama: Any, unchecked: None)
         permutation_p(torch.ones(2, 3, 4), torch.ones(3, 4), permutations=0)
     result = direction_similarity(one, {1: vector()})
     assert result.names == ("vectors", "vectors (other)") and result.pairs == ()
-    assert result.table().empty
+    assert "see .across_layers('vectors', 'vectors (other)')" in repr(result)
+    assert len(repr(result).splitlines()) == 2 and "&#x27;vectors (other)&#x27;" in result._repr_html_()
+    assert result.across_layers("vectors", "vectors (other)").shape == (1, 1)
+    with pytest.raises(PlanError, match=r"no two directions share a layer .*across_layers"):
+        result.table()
+    alone = direction_similarity(one)
+    assert "1 direction of 32 values" in repr(alone) and "there is one direction, 'vectors': give other=" in repr(alone)
+    plan = plan_of(1)
+    fitted = sims.fit(llama, [("Say a.", " b", " c"), ("Say d.", " e", " f")], layers=[1])
+    for source in ({"a": plan, "b": one}, {"a": fitted, "b": plan}):
+        with pytest.raises(ConfigError, match="permutations=9, but .* give a Run with model=, or differences="):
+            direction_similarity(source, permutations=9)
     with pytest.raises(PlanError, match="share none"):
         result.between("vectors", "vectors (other)")
     with pytest.raises(PlanError, match="there is no direction 'x'"):
@@ -466,6 +519,8 @@ def test_similarity_refuses_what_cannot_be_compared(llama: Any, unchecked: None)
         result.trajectory(7)
     with pytest.raises(PromptError, match="not 1"):
         model_axes(llama, tokens=["two tokens"])
+    with pytest.raises(ConfigError, match=r"tokens must be a list, such as \[' happy'\], got ' happy'"):
+        model_axes(llama, tokens=" happy")
     with pytest.raises(PromptError, match="token 9999"):
         model_axes(llama, tokens=[9999])
     with pytest.raises(PromptError, match="principal components"):
@@ -489,7 +544,7 @@ def test_figures_say_what_was_measured(llama: Any) -> None:
         "<b>i</b> 1": named("", torch.stack([turned(0), turned(9)]), split_half=torch.tensor([0.5, 0.6])),
         "iteration 2": named("", torch.stack([turned(20), turned(20)]), split_half=torch.tensor([0.4, 0.6])),
     }
-    norms: VectorNorms = vector_norms(source, llama, texts=TEXTS, progress=False)
+    norms: VectorNorms = vector_norms(llama, source, texts=TEXTS, progress=False)
     result: DirectionSimilarity = direction_similarity(source, model=llama)
     profile = geometry.norm_profile(norms)
     assert list(profile.data[0].y) == pytest.approx([1.0, 1.0])
@@ -526,6 +581,6 @@ def test_figures_say_what_was_measured(llama: Any) -> None:
 
 def test_a_plan_at_several_sites_is_read_at_each(llama: Any) -> None:
     plan = plan_of(1, coefficient=1.0) + plan_of(2, site="attn_out", coefficient=1.0)
-    found = vector_norms(plan, llama, texts=TEXTS, progress=False)
+    found = vector_norms(llama, plan, texts=TEXTS, progress=False)
     assert {(r.site, r.layer) for r in found.residual} == {("resid_post", 1), ("attn_out", 2)}
     assert len(geometry.norm_profile(found).data) == 2 * 2 + 2 * 3

@@ -11,6 +11,7 @@ from common import KINDS, plan_of, vector
 
 import sims_lens as sims
 from sims_lens.adapter import adapt
+from sims_lens.analysis.circuits import component_effects
 from sims_lens.analysis.logit_attribution import (
     Component,
     LogitAttribution,
@@ -172,14 +173,22 @@ def test_nothing_changes_nothing(llama: Any) -> None:
     assert {c.change for c in a.contributions} == {0.0} and a.versus == ""
 
 
-def test_within_another_plan(llama: Any) -> None:
-    """A model that is steered already: both plans' deltas are parts."""
-    outer, inner = plan_of(1), plan_of(1, 2, seed=5)
-    with sims.steering(llama, outer):
-        found = residual_components(llama, TEXT[0], inner)
-    shown = dict(zip(found.components, found.parts, strict=True))
-    wanted = outer.vectors()[1, "resid_post"] + inner.vectors()[1, "resid_post"]
-    torch.testing.assert_close(shown[Component("steer", 1, site="resid_post")].float(), wanted, rtol=1e-5, atol=1e-5)
+def test_a_steered_model_is_refused(llama: Any) -> None:
+    with sims.steering(llama, plan_of(1)):
+        with pytest.raises(ModelError, match="a plan is attached"):
+            residual_components(llama, TEXT[0], plan_of(2))
+        with pytest.raises(ModelError, match="a plan is attached"):
+            logit_attribution(llama, TEXT[0], plan_of(2), answer=100)
+
+
+def test_names_are_those_of_component_effects(llama: Any) -> None:
+    plan = plan_of(0)
+    effects = component_effects(llama, plan, [("So", "a", "b"), ("Why", "c", "d")], exact=1, progress=False).table()
+    heads = logit_attribution(llama, TEXT, plan, answer=100, versus=101, by="head").table().set_index("component")
+    assert set(effects.index) - set(heads.index) == set()
+    joined = effects.join(heads.add_suffix("_written"))
+    assert (joined["layer"] == joined["layer_written"]).all() and (joined["kind"] == joined["kind_written"]).all()
+    assert (joined["head"].dropna() == joined["head_written"].dropna()).all()
 
 
 def test_the_embedded_model(embedded: Any) -> None:
@@ -203,10 +212,12 @@ def found(zoo: Any) -> LogitAttribution:
 def test_table_and_text(found: LogitAttribution) -> None:
     table = found.table()
     assert list(table.columns) == ["component", "kind", "layer", "head", "steered", "unsteered", "change"]
-    assert list(table["component"])[:3] == ["embed", "0 steer resid_pre", "0 attn"]
+    assert list(table["component"])[:3] == ["embed", "L0 steer resid_pre", "L0 attn"]
     assert list(table["kind"])[-3:] == ["final_norm", "bias", "soft_cap"]
     text = repr(found)
-    shown = [float(line.split()[-1]) for line in text.splitlines()[2:-2] if "more" not in line]
+    for each in (text, found._repr_html_()):
+        assert "The change of a row is not steered less unsteered" in each
+    shown = [float(line.split()[-1]) for line in text.splitlines()[2:-3] if "more" not in line]
     assert [abs(x) for x in shown[:-1]] == sorted((abs(x) for x in shown[:-1]), reverse=True)
     assert "logit of '<' less that of 'b' at position" in text and "the cap on the logits" in text
     assert "'<'" not in found._repr_html_() and "&lt;" in found._repr_html_()
@@ -232,6 +243,8 @@ def test_refusals(llama: Any) -> None:
         asked(answer="ab")
     with pytest.raises(PromptError, match=r"versus must be a text of one token or an id in 0\.\.258, got 999"):
         asked(versus=999)
+    with pytest.raises(ConfigError, match="answer and versus are both 'a'; give another versus"):
+        asked(answer="a", versus=a_id(llama, "a"))
     with pytest.raises(PromptError, match=r"position 400 is not in"):
         asked(position=400)
     with pytest.raises(ConfigError, match="by must be 'component' or 'head', got 'layer'"):

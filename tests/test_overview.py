@@ -23,7 +23,7 @@ def results(zoo: Any) -> list[object]:
     plan = plan_of(0, 1, scope="generation")
     return [
         sims.layer_sweep(model, named, coefficients=(0.1, 0.2), behaviour=behaviour, progress=False),
-        sims.vector_norms(named, model, progress=False),
+        sims.vector_norms(model, named, progress=False),
         sims.direction_similarity(named, model=model),
         sims.readout(model, named, progress=False),
         sims.token_scores(model, PAIRS[0][:2], {0: vector(0)}),
@@ -71,3 +71,40 @@ def test_the_report_takes_results_and_figures(results: list[object], tmp_path: P
     assert "<img" not in text.replace("\\u003c", "<").replace("img-src", "")
     with pytest.raises(sims.SimsError, match="no figures"):
         sims.write_report(finished_run, tmp_path / "other.html", analyses=["text"])
+
+
+def test_a_model_with_a_plan_attached_is_refused(zoo: Any) -> None:
+    """Everything that compares with the unsteered model would compare with a steered one."""
+    model, plan = zoo("llama", KINDS[-1]), plan_of(0, 1, scope="generation")
+    behaviour = sims.PairBehaviour(PAIRS)
+    calls = [
+        lambda: sims.layer_sweep(model, plan, behaviour=behaviour, progress=False),
+        lambda: sims.vector_norms(model, plan, progress=False),
+        lambda: sims.readout(model, plan, texts=[PAIRS[0][:2]], progress=False),
+        lambda: sims.token_scores(model, "Say.", plan, layer=0),
+        lambda: sims.leave_one_out(model, plan, behaviour, progress=False),
+        lambda: sims.component_effects(model, plan, behaviour, progress=False),
+        lambda: sims.direction_readers(model, plan, behaviour, progress=False),
+        lambda: sims.directional_ablation(model, plan, behaviour, layer=1, progress=False),
+        lambda: sims.logit_attribution(model, "Say.", plan, answer="y"),
+        lambda: sims.calibrate(model, plan, prompts=["a", "b"], ranker=len, progress=False),
+        lambda: sims.interaction(model, {"a": plan, "b": plan}, {"x": len}, ["a"], progress=False),
+        lambda: sims.widgets.Console(model, plan),
+    ]
+    for number, call in enumerate(calls):
+        with sims.steering(model, plan), pytest.raises(sims.SimsError, match="a plan is attached"):
+            call()
+            pytest.fail(f"call {number} took a steered model")
+
+
+def test_what_makes_a_plan_is_told_from_a_plan(zoo: Any) -> None:
+    model = zoo("llama", KINDS[-1])
+    fitted = sims.fit(model, PAIRS, layers=[1])
+    with pytest.raises(sims.SimsError, match=r"got SteeringFit; make one with \.plan\(layer\)"):
+        sims.component_effects(model, fitted, PAIRS)  # type: ignore[arg-type]
+    with pytest.raises(sims.SimsError, match="a list of pairs"):
+        sims.PairBehaviour(None)  # type: ignore[arg-type]
+    with pytest.raises(sims.SimsError, match="draw it first"):
+        sims.plots.slider({"a": 3})
+    with pytest.raises(sims.SimsError, match="a list of results"):
+        sims.write_report("x", analyses="y")  # type: ignore[arg-type]

@@ -265,6 +265,14 @@ def test_inputs_are_left_alone(llama: Any) -> None:
     assert all(torch.equal(given[layer], v) for layer, v in kept.items())
 
 
+def test_one_direction_writes_and_a_steered_model_is_refused(llama: Any) -> None:
+    v = {1: vector(1)}
+    assert repr(readout(llama, v)).startswith("What 1 direction writes into the logits of")
+    assert repr(readout(llama, v | {2: vector(2)})).startswith("What 2 directions write into the logits of")
+    with sims.steering(llama, sims.SteeringPlan.addition(v)), pytest.raises(ModelError, match="a plan is attached"):
+        readout(llama, v)
+
+
 def test_refusals(llama: Any, unchecked: None) -> None:
     v = {1: vector(1)}
     with pytest.raises(ConfigError, match="top must be"):

@@ -19,7 +19,7 @@ from sims_lens.analysis.directions import directions_of
 from sims_lens.analysis.sweep import COEFFICIENTS, LayerSweep, SweepCell, layer_sweep
 from sims_lens.behaviour import logprob_margin
 from sims_lens.calibration import FluencyBudget, perplexity_ratio
-from sims_lens.errors import ConfigError, PlanError, PromptError, RunError
+from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError, RankerError, RunError
 from sims_lens.estimators import MeanDifference
 from sims_lens.evaluate import evaluate, side_effects
 from sims_lens.plan import NOTHING, Provenance, SteeringPlan
@@ -360,6 +360,7 @@ def test_generation_goes_on_too(llama: Any, tmp_path: Path) -> None:
         calls[0] += 1
         return share_of_e(prompt, responses)
 
+    ranker.settings = "share of e"  # type: ignore[attr-defined]  # its counts change, what it says does not
     options: dict[str, Any] = {"ranker": ranker, "prompts": PROMPTS, "sampling": SAMPLING, "layers": (1, 2)}
     whole = swept(llama, planted(llama), **options)
     needed = calls[0]
@@ -396,6 +397,46 @@ def test_a_folder_holds_one_sweep(llama: Any, tmp_path: Path) -> None:
         swept(llama, out=out, behaviour=SHARED)
 
 
+def times(factor: float) -> Any:
+    return lambda prompt, responses: [factor * score for score in share_of_e(prompt, responses)]
+
+
+class Opaque:
+    """A ranker with a state that nothing is known about."""
+
+    name = "opaque"
+
+    def __init__(self) -> None:
+        self.state = torch.nn.Linear(2, 2)
+
+    def __call__(self, prompt: str, responses: Sequence[str]) -> list[float]:
+        return share_of_e(prompt, responses)
+
+
+def test_a_folder_is_for_one_ranker(llama: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"prompts": PROMPTS[:4], "sampling": SAMPLING, "layers": (1,), "coefficients": (0.4,)}
+    options["out"] = tmp_path / "sweep"
+    first = swept(llama, ranker=times(1.0), **options)
+    assert swept(llama, ranker=times(1.0), **options) == first
+    others: list[Any] = [times(2.0), lambda _prompt, responses: [float(len(r)) for r in responses]]
+    for ranker in others:
+        assert ranker.__name__ == "<lambda>"
+        with pytest.raises(RunError, match="holds a sweep with other ranker"):
+            swept(llama, ranker=ranker, **options)
+    with pytest.raises(RankerError, match="'opaque' .*give it an attribute settings .*or leave out= away"):
+        swept(llama, ranker=Opaque(), **options)
+    told = Opaque()
+    told.settings = 1  # type: ignore[attr-defined]
+    options["out"] = tmp_path / "told"
+    assert swept(llama, ranker=told, **options).cells == swept(llama, ranker=Opaque(), **options | {"out": None}).cells
+
+
+def test_a_damaged_header_says_what_to_do(llama: Any, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged .*; delete the folder that it is in and start the same again"):
+        swept(llama, out=tmp_path, behaviour=SHARED)
+
+
 # What is refused
 
 
@@ -417,6 +458,13 @@ def test_what_cannot_be_swept(llama: Any) -> None:
         (ConfigError, "different numbers", {"coefficients": (0.0,)}),
         (ConfigError, "units must be", {"units": "norms"}),
         (ConfigError, "name at least one each", {"layers": ()}),
+        (ConfigError, r"layers must be a list, such as \[17\], got 17", {"layers": 17}),
+        (ConfigError, r"sites must be a list, such as \[.resid_post.\], got .*resid_post", {"sites": "resid_post"}),
+        (ConfigError, r"coefficients must be a list, such as \[0.1, 0.2\], got 0.2", {"coefficients": 0.2}),
+        (ConfigError, "coefficients must be a list", {"coefficients": torch.ones(2, 2)}),
+        (ConfigError, r"budget must be a FluencyBudget, such as FluencyBudget\(1.5, 0.5\), got 1.5", {"budget": 1.5}),
+        (ConfigError, "seed must be an integer from 0 up, got 'a'", {"seed": "a"}),
+        (ConfigError, "seed must be an integer from 0 up, got -1", {"seed": -1}),
         (PlanError, "layer 7 is not in 0..2", {"layers": (7,)}),
         (PlanError, "site 'resid_mid' is not one of", {"sites": ("resid_mid",)}),
         (PlanError, "vectors has layers .2., none of .1.", {"source": {2: vector()}, "layers": (1,)}),
@@ -432,6 +480,15 @@ def test_what_cannot_be_swept(llama: Any) -> None:
     for error, message, options in refused:
         with pytest.raises(error, match=message):
             swept(llama, **options)
+    with sims.steering(llama, turn), pytest.raises(ModelError, match="a plan is attached"):
+        swept(llama)
+
+
+def test_coefficients_may_be_an_array(llama: Any) -> None:
+    options: dict[str, Any] = {"layers": [1], "behaviour": SHARED}
+    expected = swept(llama, coefficients=[0.25, 0.5], **options)
+    for given in (np.array([0.25, 0.5], dtype=np.float32), torch.tensor([0.5, 0.25]), list(np.array([0.25, 0.5]))):
+        assert swept(llama, coefficients=given, **options) == expected
 
 
 # What is shown
@@ -522,6 +579,16 @@ def test_the_map_shows_every_cell() -> None:
     assert draw(sweep, value="win_rate").layout.coloraxis.cmid == 0.5
     assert draw(sweep, value="kl").layout.coloraxis.cmax == pytest.approx(0.8)
     assert draw(sweep, value="perplexity_ratio").layout.coloraxis.cmin == 1.0
+
+
+def test_a_coefficient_counts_in_the_norm_at_its_site() -> None:
+    at_attn = tuple(replace(cell, site="attn_out") for cell in result().cells)
+    for sweep in (result(*at_attn), result(*result().cells, *at_attn)):
+        assert "coefficient: x median norm at the site; on" in repr(sweep) and "residual norm" not in repr(sweep)
+        assert "at the site)" in draw(sweep).layout.yaxis.title.text
+    for stream in (result(), result(*(replace(cell, site="resid_pre") for cell in result().cells))):
+        assert "coefficient: x median residual norm; on" in repr(stream)
+        assert draw(stream).layout.yaxis.title.text == "coefficient<br>(× residual norm)"
 
 
 def test_small_multiples_and_what_is_odd() -> None:

@@ -17,7 +17,7 @@ from sims_lens.activations import residual_norms
 from sims_lens.adapter import adapt
 from sims_lens.analysis.directions import Directions
 from sims_lens.analysis.tokens import Token, TokenScores, spell, token_scores, visible
-from sims_lens.errors import ConfigError, PlanError, PromptError
+from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.plots import TEMPLATE
 from sims_lens.plots.tokens import SHOWN, token_heatmap
 
@@ -261,7 +261,10 @@ def test_refusals(llama: Any, unchecked: None) -> None:
         token_scores(llama, TEXT, {1: torch.zeros(D_MODEL)})
     with pytest.raises(PromptError, match="a prompt or"):
         token_scores(llama, ("a", "b", "c"), v)  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match="no tokens"):
-        token_scores(llama, ("a", ""), v)
+    for text, what in ((("a", ""), "response"), (("a", " \n"), "response"), ("", "prompt"), ("\t ", "prompt")):
+        with pytest.raises(PromptError, match=f"the {what} is .* no tokens to score; give one with text in it"):
+            token_scores(llama, text, v)
+    with sims.steering(llama, plan_of(0)), pytest.raises(ModelError, match="a plan is attached"):
+        token_scores(llama, TEXT, v)
     with pytest.raises(PromptError, match="context"):
         token_scores(llama, ("a", "b" * 200), v)

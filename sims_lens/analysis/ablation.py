@@ -9,6 +9,7 @@ the behaviour fall? That is necessity, where steering shows sufficiency.
 """
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -23,15 +24,16 @@ from torch import Tensor
 from sims_lens.activations import capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
-from sims_lens.behaviour import Behaviour, PairBehaviour, encode_pairs
+from sims_lens.behaviour import Behaviour, PairBehaviour, TextPair, encode_pairs
 from sims_lens.errors import ConfigError, PlanError, RunError
 from sims_lens.estimators import unit
 from sims_lens.forced import ForcedBatch, force
-from sims_lens.hooks import check_fits, resolve, steering
+from sims_lens.hooks import check_fits, check_unsteered, resolve, steering
 from sims_lens.plan import NOTHING, Intervention, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import everyday
 from sims_lens.run import Run
+from sims_lens.sampling import LocalSampler
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_layer
 from sims_lens.stats import CONFIDENCE, DRAWS, Interval, bootstrap_mean, holm
@@ -136,6 +138,12 @@ class LeaveOneOut:
         harmful = [
             p.name for p in self.parts if p.p_holm < 1 - CONFIDENCE and p.lost.estimate * self.effect.estimate < 0
         ]
+        if self.units < (enough := _units_needed(len(self.parts))):
+            return (
+                f"Too few {self.unit}s to tell which part the effect, {_signed(self.effect)}, needs: there "
+                f"{'is' if self.units == 1 else 'are'} {self.units}, and no test of {_count(len(self.parts), 'part')} "
+                f"can be significant below {enough}."
+            )
         text = (
             f"The effect, {_signed(self.effect)}, falls without {_list(needed)}"
             if needed
@@ -152,7 +160,7 @@ class LeaveOneOut:
 
     def _head(self) -> str:
         return f"Leave one {self.by} out: {self.behaviour}, {self.measure_name}, {_count(self.units, self.unit)}" + (
-            f", {self.controls} random replacements" if self.controls else ""
+            f", {_count(self.controls, 'random replacement')}" if self.controls else ""
         )
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -163,7 +171,7 @@ class LeaveOneOut:
             row = [p.name, _signed(p.lost), "" if p.share is None else _percent(p.share), f"{p.alone.estimate:+.3g}"]
             row.append(f"{p.p_holm:.2g}")
             if p.replaced is not None and p.replaced_range is not None:
-                row += [_signed(p.replaced), "{:+.3g} to {:+.3g}".format(*p.replaced_range)]
+                row += [_signed(p.replaced), _span(p.replaced_range)]
             cells.append(tuple(row))
         return cells
 
@@ -183,7 +191,7 @@ class LeaveOneOut:
 def leave_one_out(
     model: Any,
     source: "SteeringPlan | Run | Mapping[str, SteeringPlan]",
-    behaviour: Behaviour,
+    behaviour: Behaviour | Sequence[TextPair],
     *,
     by: str | None = None,
     controls: int = 5,
@@ -198,7 +206,8 @@ def leave_one_out(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         source: a plan, a run (its last plan), or plans by name whose sum is the whole.
-        behaviour: what to measure, on texts or prompts that the plan was not fitted to.
+        behaviour: what to measure, on texts or prompts that the plan was not fitted to; a list of ``(prompt, positive
+            text, negative text)`` is a :class:`~sims_lens.behaviour.PairBehaviour`.
         by: what a part is, see :func:`parts_of`; "layer" for a plan or a run.
         controls: random directions, of the norm of the part's own and for the same transforms, put in its place.
         seed: of the controls and the intervals.
@@ -207,8 +216,10 @@ def leave_one_out(
     Raises:
         PlanError: the source has no such parts, does not fit the model, or a transform's direction can't be replaced.
         ConfigError: ``controls`` is negative, or the behaviour has fewer than two units.
+        ModelError: a plan is attached to the model.
     """
-    _check_settings(behaviour, controls, seed)
+    check_unsteered(model)
+    behaviour = _checked(behaviour, controls, seed)
     parts = {name: resolve(model, part) for name, part in parts_of(source, by).items()}
     plans = [_Variants.of(parts, name, controls, seed) for name in parts]
     everything = [plan for v in plans for plan in (v.alone, v.without, *v.replaced)]
@@ -444,6 +455,8 @@ class DirectionalAblation:
         measure_name: what a value is, with its unit.
         unit: what a value is of; pairs of one prompt are averaged.
         units: how many.
+        first_position: whether the first position is among the tokens: its massive activations then drive the
+            difference and the NLL.
     """
 
     name: str
@@ -461,6 +474,7 @@ class DirectionalAblation:
     measure_name: str
     unit: str
     units: int
+    first_position: bool
 
     def of_kind(self, kind: str) -> tuple[AblatedControl, ...]:
         """The controls of a kind, "random" or "matched"."""
@@ -505,25 +519,30 @@ class DirectionalAblation:
         if not self.controls:
             return f"{text}; there are no controls to compare it with.{self._cost()}"
         extremes = [
-            f"{len(found)} {what} (at most {_fall(found)})"
-            for what, found in (
-                ("random directions", self.of_kind("random")),
-                ("random directions of the same variance", self.of_kind("matched")),
-            )
+            f"a random direction{of} ({_fall(found)})"
+            if len(found) == 1
+            else f"{len(found)} random directions{of} (at most {_fall(found)})"
+            for of, found in (("", self.of_kind("random")), (" of the same variance", self.of_kind("matched")))
             if found
         ]
         if self.beats_controls:
-            return f"{text}, more than without any of {' and '.join(extremes)}.{self._cost()}"
+            many = len(self.controls) > len(extremes)
+            others = f"any of {' and '.join(extremes)}" if many else " or ".join(extremes)
+            return f"{text}, more than without {others}.{self._cost()}"
         return (
             f"{text}, but NOT more than without every random direction: {' and '.join(extremes)}. That is no evidence "
             f"for this direction.{self._cost()}"
         )
 
+    def _below(self) -> list[str]:
+        first = "The first position is ablated too: its massive activations drive part of the difference and the NLL."
+        return [self.verdict(), *([first] if self.first_position else [])]
+
     def _cost(self) -> str:
         if self.nll is None:
             return ""
         found = [c.nll.estimate for c in self.controls if c.nll is not None]
-        others = f"; {min(found):+.2g} to {max(found):+.2g} under the controls" if found else ""
+        others = f"; {_span(found, 2)} under the control{'' if len(found) == 1 else 's'}" if found else ""
         return f" The texts' NLL changes by {_signed(self.nll)} nats per token{others}."
 
     def _head(self) -> str:
@@ -553,28 +572,28 @@ class DirectionalAblation:
                     (
                         f"{len(found)} {kind}",
                         f"{np.mean([c.value.estimate for c in found]):.3f}",
-                        "{:+.3g} to {:+.3g}".format(*_range([c.difference.estimate for c in found])),
-                        *(["{:+.2g} to {:+.2g}".format(*_range(nll))] if texts else []),
+                        _span([c.difference.estimate for c in found]),
+                        *([_span(nll, 2)] if texts else []),
                         f"{100 * np.mean([c.variance for c in found]):.2g}%",
                     )
                 )
         return cells
 
     def __repr__(self) -> str:
-        return _text(self._head(), self._cells(), [self.verdict()])
+        return _text(self._head(), self._cells(), self._below())
 
     def _repr_html_(self) -> str:
-        return _html(self._head(), self._cells(), [self.verdict()])
+        return _html(self._head(), self._cells(), self._below())
 
 
 def directional_ablation(
     model: Any,
     source: object,
-    behaviour: Behaviour,
+    behaviour: Behaviour | Sequence[TextPair],
     *,
     layer: int | None = None,
     everywhere: bool = True,
-    scope: TokenScope | str = "all",
+    scope: TokenScope | str = "generation",
     controls: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -583,28 +602,36 @@ def directional_ablation(
 
     Two kinds of control. A random direction in d_model dimensions holds about 1/d_model of the stream's variance, next
     to nothing, so that any direction with more of it beats random ones. The *matched* controls are random directions
-    bent towards those in which the stream varies, until they hold as much of its variance as the direction.
+    bent towards those in which the stream varies, until they hold as much of its variance as the direction. Variance
+    is that of the tokens of the scope, first positions left out; where responses are sampled, of one unsteered response
+    to each prompt.
 
     Reference: Arditi et al. 2024, "Refusal in language models is mediated by a single direction" (arXiv 2406.11717).
-        As there, the direction is taken out of all that is written to the stream, which is the same as taking it out of
-        the weights that write.
+        As there, the direction is taken out of all that is written to the stream. They do so at all tokens, which is
+        the same as taking it out of the weights that write (``scope="all"``). With "all" or "prompt" the first position
+        is ablated too, though, and its massive activations, which hold no information about the text but serve
+        attention as a sink, then drive difference and NLL. So the default is the tokens that steering acts on.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         source: what has a direction, see :func:`~sims_lens.analysis.directions_of`; of a run its last iteration.
-        behaviour: what to measure.
+        behaviour: what to measure; a list of ``(prompt, positive text, negative text)`` is a
+            :class:`~sims_lens.behaviour.PairBehaviour`.
         layer: whose direction; it need not be named where there is one only, or one that a run steers.
         everywhere: take it out at every layer; False for its own layer and site only.
-        scope: tokens where it is taken out.
+        scope: tokens where it is taken out; by default the last of the prompt and the response, as in steering.
         controls: random directions of each kind.
         seed: of the controls and the intervals.
         progress: show a progress bar.
 
     Raises:
         PlanError: there are several directions or none, or they don't fit the model.
-        ConfigError: ``controls`` is negative, or the behaviour has fewer than two units.
+        ConfigError: ``controls`` is negative, the behaviour has fewer than two units, or the stream is the same at all
+            tokens of the scope.
+        ModelError: a plan is attached to the model.
     """
-    _check_settings(behaviour, controls, seed)
+    check_unsteered(model)
+    behaviour = _checked(behaviour, controls, seed)
     adapter = adapt(model)
     found, layer = _one_direction(source, layer)
     check_layer(layer, adapter.n_layers, adapter.name)
@@ -618,7 +645,9 @@ def directional_ablation(
     plan = plan_of(found.at(layer))
     check_fits(adapter, plan)
     direction: Tensor = plan.interventions[0].transform.direction  # type: ignore[attr-defined]
-    stream = _stream(model, adapter, behaviour, layer, found.site)
+    rows = _scoped_rows(model, adapter, behaviour, scope, seed)
+    first = [scope.prompt or (scope.last_prompt and len(prompt) == 1) for prompt, _ in rows]
+    stream = _stream(model, rows, first, layer, found.site, scope)
     rng = np.random.default_rng([seed, layer])
     random = [torch.from_numpy(rng.standard_normal(adapter.d_model)).float() for _ in range(controls)]
     matched = _matched(stream, controls, rng, variance_share(stream, direction))
@@ -665,6 +694,7 @@ def directional_ablation(
         measure_name=behaviour.measure_name,
         unit=measure.unit,
         units=len(base),
+        first_position=any(first),
     )
 
 
@@ -711,13 +741,15 @@ def _matched(
     """Random directions that hold a share of the stream's variance.
 
     Along its i-th principal axis, of variance v_i, a direction has the entry g_i v_i^(p/2) with g normal: isotropic
-    at p = 0, like a token of the stream at p = 1. The share rises with p, whatever g is, so bisection finds p.
+    at p = 0, like a token of the stream at p = 1. The share rises with p, whatever g is, so bisection finds p. Where
+    the stream does not vary, because its tokens are fewer than its dimensions, v is next to nothing.
     """
     centred = stream.double() - stream.double().mean(0)
     _, values, axes = torch.linalg.svd(centred, full_matrices=False)
     kept = values > 1e-6 * values[0]
     variances, axes = (values[kept] / values[0]).square(), axes[kept]
     total = float(variances.sum())
+    variances = torch.cat([variances, torch.tensor([1e-12]).double()])  # the last: all that is left of the space
 
     def entries(drawn: Tensor, power: float) -> Tensor:
         size = variances.log() * power / 2
@@ -725,13 +757,15 @@ def _matched(
 
     found = []
     for _ in range(count):
-        drawn = torch.from_numpy(rng.standard_normal(len(variances)))
+        whole = torch.from_numpy(rng.standard_normal(stream.shape[1]))
+        rest = whole - axes.T @ (axes @ whole)
+        drawn = torch.cat([axes @ whole, rest.norm()[None]])
         low, high = -16.0, 16.0
         for _ in range(50):
             middle = (low + high) / 2
             held = float(entries(drawn, middle).square() @ variances) / total
             low, high = (low, middle) if held > share else (middle, high)
-        found.append(unit(entries(drawn, low) @ axes).float())
+        found.append(unit(entries(drawn, low) @ torch.cat([axes, rest[None] / rest.norm().clamp(min=1e-12)])).float())
     return found
 
 
@@ -749,18 +783,42 @@ def _one_direction(source: object, layer: int | None) -> tuple[Directions, int]:
     return found, layer
 
 
-def _stream(
-    model: Any, adapter: Adapter, behaviour: Behaviour, layer: int, site: str
-) -> Float[Tensor, "token d_model"]:
-    """The unsteered stream at a site on the behaviour's texts, or prompts; without first positions, whose massive
-    activations would be all of the variance."""
+def _scoped_rows(
+    model: Any, adapter: Adapter, behaviour: Behaviour, scope: TokenScope, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """The behaviour's texts; or its prompts, with a response of the unsteered model where the scope holds responses."""
     if isinstance(behaviour, PairBehaviour):
-        rows = _rows(adapter, behaviour)
-    else:
-        prompts: Sequence[str] = getattr(behaviour, "prompts", None) or everyday(_STREAM_PROMPTS)
-        rows = [(adapter.encode(prompt), []) for prompt in prompts]
-    tokens = capture_tokens(model, rows, layers=[layer], site=site, scope="all")
-    return torch.cat([row[1:, 0] for row in tokens])
+        return _rows(adapter, behaviour)
+    prompts: Sequence[str] = getattr(behaviour, "prompts", None) or everyday(_STREAM_PROMPTS)
+    if not scope.response:
+        return [(adapter.encode(prompt), []) for prompt in prompts]
+    sampler = LocalSampler(model, getattr(behaviour, "sampling", None))
+    drawn = sorted(sampler.sample(prompts, n=1, plan=NOTHING, seed=seed), key=lambda sample: sample.prompt)
+    rows = [(adapter.encode(prompts[sample.prompt]), list(sample.tokens)) for sample in drawn]
+    rows = [row for row in rows if row[1] or scope.last_prompt]
+    if not rows:
+        raise ConfigError(f"all responses are empty, so the scope {scope.name!r} holds no tokens; use scope='all'")
+    return rows
+
+
+def _stream(
+    model: Any,
+    rows: Sequence[tuple[list[int], list[int]]],
+    first: Sequence[bool],
+    layer: int,
+    site: str,
+    scope: TokenScope,
+) -> Float[Tensor, "token d_model"]:
+    """The unsteered stream at the tokens of a scope; without first positions, whose massive activations would be all of
+    the variance."""
+    tokens = capture_tokens(model, rows, layers=[layer], site=site, scope=scope)
+    stream = torch.cat([row[int(skip) :, 0] for row, skip in zip(tokens, first, strict=True)])
+    if len(stream) < 2 or float((stream - stream.mean(0)).norm()) <= 1e-4 * float(stream.norm()):
+        raise ConfigError(
+            f"the stream at layer {layer} {site} is the same at all {len(stream)} tokens of scope {scope.name!r}, so "
+            "there is no variance to match; give more prompts, or another scope"
+        )
+    return stream
 
 
 def _rows(adapter: Adapter, behaviour: PairBehaviour) -> list[tuple[list[int], list[int]]]:
@@ -831,7 +889,9 @@ class _Meter:
         return found
 
 
-def _check_settings(behaviour: Behaviour, controls: int, seed: int) -> None:
+def _checked(behaviour: object, controls: int, seed: int) -> Behaviour:
+    if isinstance(behaviour, (list, tuple)):
+        behaviour = PairBehaviour(behaviour)
     if not isinstance(behaviour, Behaviour):
         raise ConfigError(
             f"expected a behaviour such as sims.PairBehaviour([(prompt, positive, negative), ...]), got "
@@ -840,6 +900,7 @@ def _check_settings(behaviour: Behaviour, controls: int, seed: int) -> None:
     for name, value in (("controls", controls), ("seed", seed)):
         if type(value) is not int or value < 0:
             raise ConfigError(f"{name} must be an integer from 0 up, got {value!r}")
+    return behaviour
 
 
 def _sum(parts: Iterable[SteeringPlan]) -> SteeringPlan:
@@ -871,6 +932,11 @@ def _ratio(part: Values, whole: Values, *, seed: int) -> Interval:
     return Interval(float(part.mean() / whole.mean()), float(low), float(high))
 
 
+def _units_needed(parts: int) -> int:
+    """Units from which on a sign-flip test can be significant: of n, its smallest p is 2 / 2^n, times the parts."""
+    return next(n for n in itertools.count(1) if parts * 2 / 2**n < 1 - CONFIDENCE)
+
+
 def _range(values: "Sequence[float] | np.ndarray") -> tuple[float, float]:
     return float(np.min(values)), float(np.max(values))
 
@@ -882,6 +948,11 @@ def _holds_zero(interval: Interval) -> bool:
 def _columns(name: str, interval: Interval | None) -> dict[str, float]:
     found = Interval(np.nan, np.nan, np.nan) if interval is None else interval
     return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _span(values: Sequence[float], digits: int = 3) -> str:
+    ends = [f"{end:+.{digits}g}" for end in _range(values)]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def _fall(controls: Sequence[AblatedControl]) -> str:

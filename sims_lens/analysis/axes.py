@@ -12,7 +12,7 @@ from sims_lens.activations import capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions
 from sims_lens.analysis.norms import SeenBatch, StreamText, encode_texts, read_stream, scope_for
-from sims_lens.errors import PromptError
+from sims_lens.errors import ConfigError, PromptError
 from sims_lens.prompts import quote
 from sims_lens.scope import TokenScope
 from sims_lens.sites import check_layer
@@ -99,7 +99,10 @@ def model_axes(
     Raises:
         PromptError: there are no texts, too few tokens in them, or a text in ``tokens`` is not one token.
         PlanError: the model has no such layer.
+        ConfigError: ``tokens`` is a text, not a list of them.
     """
+    if isinstance(tokens, str):
+        raise ConfigError(f"tokens must be a list, such as [{tokens!r}], got {tokens!r}")
     adapter = adapt(model)
     chosen = tuple(range(adapter.n_layers) if layers is None else sorted(set(layers)))
     for layer in chosen:

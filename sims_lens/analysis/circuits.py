@@ -13,6 +13,7 @@ Reference: Vig et al. 2020, "Investigating Gender Bias in Language Models Using 
 """
 
 import html
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ from sims_lens.analysis.patching import (
 from sims_lens.behaviour import PairBehaviour, TextPair
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.forced import ForcedBatch, force
-from sims_lens.hooks import resolve, steering
+from sims_lens.hooks import check_unsteered, resolve, steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.scope import TokenScope
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SHOWN = 10
+_RANKED = 5
+"""Components from which on a rank correlation is given."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,15 @@ class Amount:
 
     Args:
         nats: mean over the pairs, nats per token, with its 95% interval.
-        share: of the plan's whole effect, a ratio of means, the pairs resampled together. It means little where the
-            interval of the effect reaches across 0.
+        share: of the plan's whole effect, a ratio of means, the pairs resampled together; None where the interval of
+            the effect reaches 0.
     """
 
     nats: Interval
-    share: Interval
+    share: Interval | None
 
     def __str__(self) -> str:
-        return f"{_signed(self.nats)} = {_percent(self.share)}"
+        return _signed(self.nats) + ("" if self.share is None else f" = {_percent(self.share)}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class _Found:
         effect: the difference, paired.
         components: every head and MLP from the lowest steered layer on, by layer, heads first.
         agreement: Spearman's rank correlation of ``gradient`` with ``lost`` over the components that were patched and
-            are not inactive; its interval is over the pairs. NaN below three components.
+            are not inactive; its interval is over the pairs. NaN below five components.
         seconds: spent on the gradient and on exact patching.
     """
 
@@ -154,7 +157,7 @@ class _Found:
 
     def table(self) -> "pd.DataFrame":
         """One row per component: ``lost``, ``restored`` and ``gradient``, in nats per token and as a share, with
-        intervals; NaN where it was not patched."""
+        intervals; NaN where it was not patched, and for shares of an effect whose interval reaches 0."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
@@ -183,12 +186,13 @@ class _Found:
             f"effect {_signed(self.effect)} nats per token: the margin goes from {self.base.estimate:+.3g} to "
             f"{self.steered.estimate:+.3g}",
         ]
-        if self.effect.low <= 0 <= self.effect.high:
-            lines.append("the effect's interval reaches across 0: shares of it mean little")
+        if _reaches_zero(self.effect):
+            lines.append("the effect's interval reaches 0: there are no shares of it")
         lines += self._direct()
+        ranked = "too few components to rank" if math.isnan(self.agreement.estimate) else f"Spearman {self.agreement}"
         lines.append(
-            f"{len(active)} of {len(self.components)} components give something else, {patched} were patched; gradient "
-            f"against exact: Spearman {self.agreement}"
+            f"{len(active)} of {len(self.components)} components {'gives' if len(active) == 1 else 'give'} something "
+            f"else, {patched} {'was' if patched == 1 else 'were'} patched; gradient against exact: {ranked}"
         )
         return lines
 
@@ -201,7 +205,8 @@ class _Found:
             row = [repr(each.component)]
             for name in self._columns():
                 amount = getattr(each, name)
-                row.append(str(amount) if name != "gradient" else _percent(amount.share, ends=False))
+                brief = f"{amount.nats.estimate:+.3g}" if amount.share is None else _percent(amount.share, ends=False)
+                row.append(brief if name == "gradient" else str(amount))
             cells.append(tuple(row))
         return cells
 
@@ -280,7 +285,8 @@ def component_effects(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         plan: what steers.
-        pairs: the behaviour, or ``(prompt, positive text, negative text)`` each; not those that the plan was fitted on.
+        pairs: the behaviour, or two or more ``(prompt, positive text, negative text)``; not those that the plan was
+            fitted on.
         exact: "all", or how many components to patch: those with the largest ``gradient`` in magnitude.
         seed: of the bootstrap over pairs.
         progress: show a progress bar.
@@ -288,9 +294,10 @@ def component_effects(
     Raises:
         PlanError: the plan does not fit the model, or holds nothing.
         PromptError: a pair can't be used.
-        ConfigError: exact is neither "all" nor a count; pairs are another kind of behaviour.
-        ModelError: the model has not the hook points.
+        ConfigError: exact is neither "all" nor a count; pairs are another kind of behaviour, or fewer than two.
+        ModelError: the model has not the hook points, or a plan is attached to it.
     """
+    check_unsteered(model)
     study = _Study(model, plan, pairs, exact, seed)
     check_components(study.adapter)
 
@@ -328,7 +335,8 @@ def direction_readers(
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         plan: what steers.
-        pairs: the behaviour, or ``(prompt, positive text, negative text)`` each; not those that the plan was fitted on.
+        pairs: the behaviour, or two or more ``(prompt, positive text, negative text)``; not those that the plan was
+            fitted on.
         exact: how many readers to check by patching, those with the largest ``gradient`` in magnitude; or "all".
         seed: of the bootstrap over pairs.
         progress: show a progress bar.
@@ -336,9 +344,10 @@ def direction_readers(
     Raises:
         PlanError: the plan does not fit the model, or holds nothing.
         PromptError: a pair can't be used.
-        ConfigError: exact is neither "all" nor a count; pairs are another kind of behaviour.
-        ModelError: attention and MLP of the model's blocks have no norms of their own.
+        ConfigError: exact is neither "all" nor a count; pairs are another kind of behaviour, or fewer than two.
+        ModelError: attention and MLP of the model's blocks have no norms of their own, or a plan is attached to it.
     """
+    check_unsteered(model)
     study = _Study(model, plan, pairs, exact, seed)
     check_components(study.adapter)
     check_readers(study.adapter)
@@ -386,6 +395,10 @@ class _Study:
                     "and so no gradient"
                 )
             pairs = PairBehaviour(pairs)
+        if len(pairs.pairs) < 2:
+            raise ConfigError(
+                f"intervals over pairs need two or more, got {len(pairs.pairs)}; give more (prompt, positive, negative)"
+            )
         if exact != "all" and (type(exact) is not int or exact < 1):
             raise ConfigError(f"exact must be 'all' or how many components to patch, from 1 up; got {exact!r}")
         self.model, self.adapter, self.plan = model, adapt(model), resolve(model, plan)
@@ -465,9 +478,10 @@ class _Study:
             bar.advance((most - len(chosen)) * pairs)
         ended = time.perf_counter()
         effect = (steered - base).double().numpy()
-        weights = _resampled(pairs, self.seed)
+        weights, whole = _resampled(pairs, self.seed), bootstrap_mean(effect, seed=self.seed)
+        shared = None if _reaches_zero(whole) else effect
         amounts = {
-            name: _amounts(values.double().numpy(), effect, weights)
+            name: _amounts(values.double().numpy(), shared, weights)
             for name, values in {"lost": lost, "restored": restored, "gradient": gradient}.items()
         }
         patched = {k for k in range(len(components)) if k in set(chosen) or not active[k]}
@@ -480,8 +494,8 @@ class _Study:
             "pairs": pairs,
             "base": bootstrap_mean(base.double().numpy(), seed=self.seed),
             "steered": bootstrap_mean(steered.double().numpy(), seed=self.seed),
-            "effect": bootstrap_mean(effect, seed=self.seed),
-            "direct": _amounts(left.double().numpy()[None], effect, weights)[0],
+            "effect": whole,
+            "direct": _amounts(left.double().numpy()[None], shared, weights)[0],
             "components": tuple(
                 ComponentEffect(
                     component,
@@ -506,12 +520,15 @@ def _resampled(pairs: int, seed: int) -> Float[np.ndarray, "draw pair"]:
 
 def _amounts(
     values: Float[np.ndarray, "component pair"],
-    effect: Float[np.ndarray, " pair"],
+    effect: Float[np.ndarray, " pair"] | None,
     weights: Float[np.ndarray, "draw pair"],
 ) -> list[Amount]:
-    means, whole = weights @ values.T, weights @ effect
+    """Means over the pairs, and their shares of the effect; None for no shares."""
+    means = weights @ values.T
+    if effect is None:
+        return [Amount(_percentiles(mean), None) for mean in means.T]
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = means / whole[:, None]
+        shares = means / (weights @ effect)[:, None]
     return [Amount(_percentiles(mean), _percentiles(share)) for mean, share in zip(means.T, shares.T, strict=True)]
 
 
@@ -530,12 +547,16 @@ def _rank_correlation(
     """Spearman's over components, of means over pairs."""
     import pandas as pd
 
-    if len(a) < 3:
+    if len(a) < _RANKED:
         return Interval(np.nan, np.nan, np.nan)
     ranks = [pd.DataFrame(weights @ values.T).rank(axis=1).to_numpy() for values in (a, b)]
     x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
     with np.errstate(invalid="ignore"):
         return _percentiles((x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1)))
+
+
+def _reaches_zero(interval: Interval) -> bool:
+    return interval.low <= 0 <= interval.high
 
 
 def _signed(interval: Interval) -> str:

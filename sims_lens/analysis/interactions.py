@@ -14,7 +14,7 @@ from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import ConfigError
 from sims_lens.evaluate import Evaluation, evaluate, side_effects
-from sims_lens.hooks import resolve
+from sims_lens.hooks import check_unsteered, resolve
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
@@ -140,6 +140,7 @@ def interaction(
         ConfigError: fewer than two plans, no rankers, or a plan called "together".
         PlanError: a plan does not fit the model, or plans were made for different models.
     """
+    check_unsteered(model)
     if len(plans) < 2 or TOGETHER in plans:
         raise ConfigError(f"give two or more plans by name, none of them called {TOGETHER!r}; got {sorted(plans)}")
     if not rankers:

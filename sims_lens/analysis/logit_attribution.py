@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.errors import ConfigError, ModelError, PromptError
-from sims_lens.hooks import resolve, steering
+from sims_lens.hooks import check_unsteered, resolve, steering
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.prompts import quote
 from sims_lens.sites import SITES, hook_name, steer_name
@@ -43,6 +43,11 @@ Parts = Literal["component", "head"]
 
 _SHOWN = 14
 """Rows of a result's text."""
+
+_CHANGE = (
+    "The change of a row is not steered less unsteered: it is at one scale of the final norm for both runs; the change "
+    "of the scale is the row 'final norm'."
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,12 @@ class Component:
 
     @property
     def name(self) -> str:
-        """In tables and figures, for instance "14 mlp", "14 head 3", "14 steer resid_post"."""
-        words = [str(self.layer)] if self.layer is not None else []
-        words += [self.kind.replace("_", " ")]
-        words += [str(self.head)] if self.head is not None else []
+        """As in :func:`~sims_lens.analysis.component_effects`, for instance "L14 MLP", "L14H3"; and "L14 attn",
+        "L14 steer resid_post"."""
+        if self.kind == "head":
+            return f"L{self.layer}H{self.head}"
+        words = [f"L{self.layer}"] if self.layer is not None else []
+        words.append("MLP" if self.kind == "mlp" else self.kind.replace("_", " "))
         return " ".join([*words, self.site] if self.site else words)
 
 
@@ -104,7 +111,8 @@ class Contribution:
         component: which.
         steered: in the steered run, with the final norm at that run's scale.
         unsteered: in the unsteered one, at its own scale.
-        change: between the two, with one scale for both; see the top of this module.
+        change: between the two, with one scale for both, so not ``steered - unsteered``: the change of the scale is a
+            row of its own, "final norm". See the top of this module.
     """
 
     component: Component
@@ -118,7 +126,8 @@ class LogitAttribution:
     """Who writes a logit (difference), steered and unsteered; made by :func:`logit_attribution`.
 
     The columns ``steered`` and ``unsteered`` each add up to the model's own logit (difference) in that run, and
-    ``change`` to the difference of the two.
+    ``change`` to the difference of the two. The ``change`` of one row is not its ``steered - unsteered``: it is at one
+    scale of the final norm for both runs, and the change of that scale has a row of its own.
 
     Args:
         contributions: in the order of the forward pass.
@@ -227,7 +236,7 @@ class LogitAttribution:
             "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in cells
         ]
-        return "\n".join([f"LogitAttribution: {self._head()}", *lines, self.verdict()])
+        return "\n".join([f"LogitAttribution: {self._head()}", *lines, _CHANGE, self.verdict()])
 
     def _repr_html_(self) -> str:
         head, *rows = self._cells(_SHOWN)
@@ -235,7 +244,7 @@ class LogitAttribution:
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         return (
             f"<p><b>LogitAttribution</b>: {html.escape(self._head())}</p><table><tr>{top}</tr>{body}</table>"
-            f"<p>{html.escape(self.verdict())}</p>"
+            f"<p>{html.escape(_CHANGE)}<br>{html.escape(self.verdict())}</p>"
         )
 
 
@@ -253,7 +262,8 @@ def logit_attribution(
 
     Two forward passes. A delta at *this* position is a component of its own; what deltas at earlier positions do
     arrives through attention, and is part of ``downstream``. Give ``versus`` where you can: a logit by itself has no
-    fixed zero, because a constant on all logits changes nothing.
+    fixed zero, because a constant on all logits changes nothing. ``change`` is not ``steered - unsteered`` row by row,
+    see :class:`LogitAttribution`.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
@@ -267,17 +277,20 @@ def logit_attribution(
 
     Raises:
         PromptError: a token's text is not one token, or there is no such position.
-        ModelError: the model's blocks are not sums of these parts.
+        ModelError: the model's blocks are not sums of these parts, or a plan is attached to it.
         PlanError: the plan does not fit the model.
-        ConfigError: ``by`` is neither of the two.
+        ConfigError: ``by`` is neither of the two, or ``versus`` is the answer.
 
     >>> model = sims.load("embedded")  # doctest: +SKIP
     >>> sims.logit_attribution(model, "How was it?", run.plan, answer=" great", versus=" bad")  # doctest: +SKIP
     """
+    check_unsteered(model)
     adapter = adapt(model)
     tokens = [_token_id(adapter, answer, "answer")] + (
         [_token_id(adapter, versus, "versus")] if versus is not None else []
     )
+    if len(set(tokens)) < len(tokens):
+        raise ConfigError(f"answer and versus are both {quote(_token_text(adapter, tokens[0]))}; give another versus")
     ids, boundary = _encoded(adapter, text)
     at = _checked_position(position, len(ids))
     runs = [_decompose(adapter, ids, boundary, at, wanted, by) for wanted in (resolve(model, plan), NOTHING)]
@@ -325,7 +338,7 @@ def residual_components(
     """The residual stream after the last block as the sum of what wrote it, steering deltas included.
 
     Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
+        model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         text: a prompt, or (prompt, response).
         plan: what steers the model; nothing by default.
         position: counted over prompt and response; -1 is the last.
@@ -333,10 +346,11 @@ def residual_components(
 
     Raises:
         PromptError: there is no such position.
-        ModelError: the stream is not the sum of these parts.
+        ModelError: the stream is not the sum of these parts, or a plan is attached to the model.
         PlanError: the plan does not fit the model.
         ConfigError: ``by`` is neither of the two.
     """
+    check_unsteered(model)
     adapter = adapt(model)
     ids, boundary = _encoded(adapter, text)
     return _decompose(adapter, ids, boundary, _checked_position(position, len(ids)), resolve(model, plan), by)

@@ -19,14 +19,18 @@ from torch import Tensor
 from sims_lens.activations import Row, listening
 from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.analysis.directions import Directions, directions_of
-from sims_lens.errors import PlanError, PromptError
+from sims_lens.errors import ConfigError, PlanError, PromptError
 from sims_lens.estimators import unit
+from sims_lens.hooks import check_unsteered
+from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import everyday, quote
 from sims_lens.run import Run
 from sims_lens.scope import TRACKER, TokenScope, left_padded_regions
 from sims_lens.sites import check_layer
 from sims_lens.stats import Interval, bootstrap_mean
+from sims_lens.supervised import SteeringFit
+from sims_lens.transforms import Addition
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,12 +71,14 @@ class DirectionNorm:
         iteration: of a run, counted from 1; 0 where there is none.
         site: where in the block.
         layer: of which block.
-        norm: of the vector, in units of the residual stream.
+        norm: of the vector, in units of the residual stream; NaN where there is only a unit direction, that of a
+            transform other than an addition.
         projection: of the tokens in scope on the *unit* direction, in units of the residual stream: the mean over
-            prompts of the mean over a prompt's texts, with its 95% interval over prompts.
+            prompts of the mean over a prompt's texts, with its 95% interval over prompts; its ends are NaN where there
+            is one prompt.
         projection_sd: standard deviation of the projections over tokens.
         gap: of a run's held-out responses, the projection of a prompt's best response less that of its worst one, with
-            its 95% interval over prompts; NaN where responses have no scores.
+            its 95% interval over prompts, likewise; NaN where responses have no scores.
     """
 
     name: str
@@ -186,10 +192,8 @@ class VectorNorms:
         return f"<p>{html.escape(self._head())}</p><table><tr>{top}</tr>{body}</table>"
 
     def _head(self) -> str:
-        return (
-            f"VectorNorms on {self.model}: {self.texts} texts, {self.tokens} tokens of scope {self.scope}, first "
-            "position left out; see .table() for every layer"
-        )
+        read = f"{counted(self.texts, 'text')}, {counted(self.tokens, 'token')} of scope {self.scope}"
+        return f"VectorNorms on {self.model}: {read}, first position left out; see .table() for every layer"
 
     def _cells(self) -> list[tuple[str, ...]]:
         """For each name the layer where it is largest beside the stream."""
@@ -205,17 +209,21 @@ class VectorNorms:
             )
         ]
         for name in self.names:
-            d = max(self.of(name), key=lambda d: _over(d.norm, self.stream(d.site, d.layer).median))
+            # A unit direction has no length to be large by: its first layer stands for it.
+            found = [d for d in self.of(name) if not math.isnan(d.norm)] or self.of(name)[:1]
+            d = max(found, key=lambda d: _over(d.norm, self.stream(d.site, d.layer).median))
             stream = self.stream(d.site, d.layer)
             p = d.projection
+            ends = "one prompt" if math.isnan(p.low) else f"{p.low:+.3g}, {p.high:+.3g}"
+            bare = math.isnan(d.norm)
             cells.append(
                 (
                     name,
                     str(d.layer),
-                    f"{d.norm:.3g}",
-                    f"{_over(d.norm, stream.median):.3f}",
-                    f"{_over(d.norm, stream.first_position):.2g}",
-                    f"{p.estimate:+.3g} [{p.low:+.3g}, {p.high:+.3g}]",
+                    "unit direction" if bare else f"{d.norm:.3g}",
+                    "-" if bare else f"{_over(d.norm, stream.median):.3f}",
+                    "-" if bare else f"{_over(d.norm, stream.first_position):.2g}",
+                    f"{p.estimate:+.3g} [{ends}]",
                     f"{d.projection_sd:.3g}",
                 )
             )
@@ -223,8 +231,8 @@ class VectorNorms:
 
 
 def vector_norms(
-    source: Any,
     model: Any,
+    source: Any,
     *,
     texts: Sequence[StreamText] | None = None,
     scope: TokenScope | str | None = None,
@@ -235,9 +243,9 @@ def vector_norms(
     """Norms of directions, absolute and beside the residual stream's, and the stream's projection on them.
 
     Args:
-        source: anything that :func:`~sims_lens.analysis.directions.directions_of` takes.
-        model: ``HookedTransformer`` or ``TransformerBridge``. It is read as it is now: inside of
-            ``with steering(...)``, as it is steered.
+        model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
+        source: anything that :func:`~sims_lens.analysis.directions.directions_of` takes. Where it is a transform other
+            than an addition, its unit direction has a projection and no norm.
         texts: on which the stream is read: (prompt, response) pairs, or prompts alone. By default the held-out
             responses of the unsteered model where ``source`` is a run (or holds one), else the packaged everyday
             prompts.
@@ -252,9 +260,15 @@ def vector_norms(
 
     Raises:
         PlanError: the source has no directions, or they don't fit the model.
-        PromptError: there are no texts, one is longer than the context, or no token but first ones is in scope.
+        PromptError: there are no texts, one is empty or longer than the context, or no token but first ones is in
+            scope.
+        ConfigError: ``batch_rows`` is no number of texts.
+        ModelError: a plan is attached to the model.
     """
-    directions = directions_of(source)
+    check_unsteered(model)
+    if type(batch_rows) is not int or batch_rows < 1:
+        raise ConfigError(f"batch_rows must be an integer of at least 1, got {batch_rows!r}")
+    directions, bare = directions_of(source), _bare(source)
     adapter = adapt(model)
     check_fit(directions, adapter)
     run = held_by(source)
@@ -284,7 +298,9 @@ def vector_norms(
             read_stream(model, rows, reader.read, site=site, scope=chosen, batch_rows=batch_rows, advance=bar.advance)
             tokens = reader.tokens
             if not tokens:
-                raise PromptError(f"no token of the {len(rows)} texts is in scope {chosen.name!r} after the first one")
+                raise PromptError(
+                    f"no token of the {counted(len(rows), 'text')} is in scope {chosen.name!r} after the first one"
+                )
             residual += [reader.norm(site, layer) for layer in axes]
             measured |= {(k, layer): reader.along(layer, at) for layer in axes for at, (k, _) in enumerate(axes[layer])}
     found = []
@@ -297,7 +313,7 @@ def vector_norms(
                     iteration=d.iteration,
                     site=d.site,
                     layer=layer,
-                    norm=float(vector.double().norm()),
+                    norm=math.nan if layer in bare[k] else float(vector.double().norm()),
                     projection=_over_prompts(means, groups, seed),
                     projection_sd=sd,
                     gap=_gap(means, groups, scores, seed),
@@ -424,6 +440,30 @@ def check_fit(directions: Sequence[Directions], adapter: Adapter) -> None:
             raise PlanError(f"{d.name} has d_model {d.vectors.shape[1]}, {adapter.name} has {adapter.d_model}")
 
 
+def _bare(source: Any) -> list[set[int]]:
+    """For each of :func:`directions_of` a source, the layers where there is only a unit direction."""
+    if isinstance(source, SteeringFit):
+        fitted = zip(source.layers, source.transforms, strict=True)
+        return [{layer for layer, transform in fitted if not isinstance(transform, Addition)}]
+    if isinstance(source, SteeringPlan):
+        found: dict[str, set[int]] = {}
+        for i in source.interventions:
+            found.setdefault(i.site, set()).update(() if isinstance(i.transform, Addition) else (i.layer,))
+        return list(found.values())
+    if isinstance(source, Mapping) and all(isinstance(key, str) for key in source):
+        return [layers for value in source.values() for layers in _bare(value)]
+    return [set() for _ in directions_of(source)]
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things, in words.
+
+    >>> counted(1, "text"), counted(2, "text")
+    ('1 text', '2 texts')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def held_by(source: Any) -> Run | None:
     """The run that a source is, or the first of those that it holds by name."""
     if isinstance(source, Mapping):
@@ -435,7 +475,7 @@ def encode_texts(adapter: Adapter, texts: Sequence[StreamText] | None) -> tuple[
     """Token ids of texts, and the prompt of each; of the packaged everyday prompts where None.
 
     Raises:
-        PromptError: there are none, one is no text or no pair of texts, or longer than the context.
+        PromptError: there are none, one is no text or no pair of texts, empty, or longer than the context.
     """
     texts = everyday(_EVERYDAY) if texts is None else texts
     if isinstance(texts, str) or not len(texts):
@@ -446,6 +486,8 @@ def encode_texts(adapter: Adapter, texts: Sequence[StreamText] | None) -> tuple[
         parts = (text,) if isinstance(text, str) else tuple(text)
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
             raise PromptError(f"text {index} is {quote(repr(text))}; give a prompt, or (prompt, response)")
+        if not any(part.strip() for part in parts):
+            raise PromptError(f"text {index} is empty: {text!r}; leave it out")
         row = (adapter.encode(parts[0]), adapter.encode_response(parts[1]) if len(parts) == 2 else [])
         if len(row[0]) + len(row[1]) > adapter.n_ctx:
             raise PromptError(f"text {index} has {len(row[0]) + len(row[1])} tokens, the context {adapter.n_ctx}")
@@ -470,7 +512,14 @@ def _over_prompts(means: Float[Tensor, " row"], groups: Sequence[Any], seed: int
     for group, value in zip(groups, means.tolist(), strict=True):
         if not math.isnan(value):
             of.setdefault(group, []).append(value)
-    return bootstrap_mean(np.array([np.mean(values) for values in of.values()]), seed=seed)
+    return _interval([float(np.mean(values)) for values in of.values()], seed)
+
+
+def _interval(values: Sequence[float], seed: int) -> Interval:
+    """Mean over prompts; of one prompt, how another would differ is not known."""
+    if len(values) == 1:
+        return Interval(values[0], math.nan, math.nan)
+    return bootstrap_mean(np.array(values), seed=seed)
 
 
 def _gap(
@@ -488,7 +537,7 @@ def _gap(
         worst, best = min(found, key=lambda pair: pair[0]), max(found, key=lambda pair: pair[0])
         if best[0] > worst[0]:
             gaps.append(best[1] - worst[1])
-    return bootstrap_mean(np.array(gaps), seed=seed) if gaps else _UNKNOWN
+    return _interval(gaps, seed) if gaps else _UNKNOWN
 
 
 __all__ = ["DirectionNorm", "ResidualNorm", "VectorNorms", "vector_norms"]

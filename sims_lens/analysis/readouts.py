@@ -39,7 +39,7 @@ from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.tokens import check_width, spell, visible
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.forced import ForcedBatch, force
-from sims_lens.hooks import steering
+from sims_lens.hooks import check_unsteered, steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import quote
@@ -310,9 +310,9 @@ class Readout:
         )
 
     def _head(self) -> list[str]:
-        c = self.chance
+        c, count = self.chance, len(self.readings)
         return [
-            f"What {len(self.readings)} directions write into the logits of {self.model}",
+            f"What {count} direction{'s write' if count != 1 else ' writes'} into the logits of {self.model}",
             f"  z: standard deviations over the vocabulary; the first token of a random direction has less than "
             f"{c.top_z:.1f} in 95 of 100 cases",
         ]
@@ -423,10 +423,11 @@ def readout(
         PlanError: the source's directions don't fit the model, one is zero, or a layer isn't there.
         ConfigError: ``top``, ``coefficient`` or ``layers`` can't be used.
         PromptError: a text isn't a pair, or is longer than the context.
-        ModelError: the model's logits aren't its unembedded final norm.
+        ModelError: the model's logits aren't its unembedded final norm, or a plan is attached to it.
 
     Reference: nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
+    check_unsteered(model)
     adapter = adapt(model)
     vocabulary = min(int(adapter.cfg.d_vocab), len(adapter.tokenizer))
     if type(top) is not int or not 1 <= top <= vocabulary // 2:

@@ -21,10 +21,11 @@ from torch import Tensor
 from sims_lens.adapter import adapt
 from sims_lens.analysis.axes import stream_directions
 from sims_lens.analysis.directions import Directions, directions_of
-from sims_lens.analysis.norms import check_fit
+from sims_lens.analysis.norms import check_fit, counted
 from sims_lens.analysis.permutation import PermutationTest, permutation_p, run_differences, tested
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.estimators import unit
+from sims_lens.hooks import check_unsteered
 from sims_lens.run import Run
 
 if TYPE_CHECKING:
@@ -436,9 +437,15 @@ class DirectionSimilarity:
 
     def table(self) -> "pd.DataFrame":
         """One row per pair of names and layer: cosine, angle, baselines, ceiling; and p-values where ``permutations``
-        is not 0 and there is something to shuffle."""
+        is not 0 and there is something to shuffle.
+
+        Raises:
+            PlanError: no two directions share a layer.
+        """
         import pandas as pd
 
+        if not self.pairs:
+            raise PlanError(self._alone())
         tables = []
         for first, second in self.pairs:
             table = self.between(first, second).table().reset_index()
@@ -449,20 +456,13 @@ class DirectionSimilarity:
                     table[f"p_{name}"] = getattr(test, name).tolist()
                 table["permutations"] = test.permutations
             tables.append(table)
-        if tables:
-            return pd.concat(tables, ignore_index=True)
-        columns = ("first", "second", "layer", "cosine", "angle", "random", "stream", "ceiling", "corrected")
-        return pd.DataFrame(columns=list(columns))
+        return pd.concat(tables, ignore_index=True)
 
     @cached_property
     def _tests(self) -> dict[tuple[str, str], PermutationTest]:
         if not self.permutations:
             return {}
-        testable = {
-            d.name
-            for d in (*self.directions, *self.others)
-            if d.name in self.differences or (d.shuffled is not None and len(d.shuffled))
-        }
+        testable = _testable((*self.directions, *self.others), self.differences)
         return {(a, b): self.test(a, b) for a, b in self.pairs if {a, b} & testable}
 
     def _layers(self) -> tuple[int, ...]:
@@ -489,7 +489,19 @@ class DirectionSimilarity:
             raise PlanError("name at least one direction")
         return tuple(labels), _unit(torch.stack([self.get(name).at(layer) for name, layer in labels]))
 
+    def _alone(self) -> str:
+        """What to do where no two directions can be compared layer by layer."""
+        first, second = self.directions[0], (*self.others, *self.directions[1:], None)[0]
+        if second is None:
+            return f"there is one direction, {first.name!r}: give other=, or see .across_layers({first.name!r})"
+        return (
+            f"no two directions share a layer ({first.name!r} has {list(first.layers)}, {second.name!r} has "
+            f"{list(second.layers)}): see .across_layers({first.name!r}, {second.name!r})"
+        )
+
     def __repr__(self) -> str:
+        if not self.pairs:
+            return f"{self._head()}\n  {self._alone()}"
         head, *rows = self._cells()
         widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
         lines = [
@@ -499,6 +511,8 @@ class DirectionSimilarity:
         return "\n".join([self._head(), *lines])
 
     def _repr_html_(self) -> str:
+        if not self.pairs:
+            return f"<p>{html.escape(self._head())}<br>{html.escape(self._alone())}</p>"
         head, *rows = self._cells()
         top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
@@ -506,8 +520,8 @@ class DirectionSimilarity:
 
     def _head(self) -> str:
         return (
-            f"DirectionSimilarity of {len(self.labels)} directions of {self.d_model} values; random directions: "
-            f"|cosine| below {self.random:.3f} in 95% of cases"
+            f"DirectionSimilarity of {counted(len(self.labels), 'direction')} of {self.d_model} values; random "
+            f"directions: |cosine| below {self.random:.3f} in 95% of cases"
         )
 
     def _cells(self) -> list[tuple[str, ...]]:
@@ -551,19 +565,24 @@ def direction_similarity(
         other: what to compare with, likewise, for instance another run or :func:`model_axes`; the source with itself
             where None. A name that is in both gets " (other)" behind it.
         layers: which; all where None.
-        model: where it is given, random directions are drawn from the covariance of its residual stream too, on the
-            packaged everyday prompts. With ``permutations`` it also reads the pairs of a run again.
+        model: unsteered. Where it is given, random directions are drawn from the covariance of its residual stream too,
+            on the packaged everyday prompts. With ``permutations`` it also reads the pairs of a run again.
         differences: activations of each pair's better text less those of its worse one, by the name of the direction
             that is fitted to them, at all of its layers in order; see :func:`pair_differences`.
-        permutations: label shuffles for p-values; 1000 is a good number. 0: no tests.
+        permutations: label shuffles for p-values; 1000 is a good number. 0: no tests. They need labels to shuffle: a
+            run with its model, or ``differences``.
         seed: of shuffles and random baselines.
 
     Raises:
         PlanError: there are no such directions or layers, sizes differ, a direction is zero or not finite, or two have
             one name.
-        ConfigError: ``permutations`` is no number of shuffles, or differences don't fit their direction.
+        ConfigError: ``permutations`` is no number of shuffles, there is nothing to shuffle, or differences don't fit
+            their direction.
         RunError: the model is not the one of the run.
+        ModelError: a plan is attached to the model.
     """
+    if model is not None:
+        check_unsteered(model)
     if type(permutations) is not int or permutations < 0:
         raise ConfigError(f"permutations must be an integer from 0 up, got {permutations!r}")
     ours, theirs = directions_of(source), () if other is None else directions_of(other)
@@ -591,6 +610,10 @@ def direction_similarity(
         for d, run, iteration in (*_iterations(source, ours), *_iterations(other, theirs)):
             if d.name not in known:
                 known[d.name] = run_differences(model, run, iteration)
+    if permutations and not _testable(everything, known):
+        raise ConfigError(
+            f"permutations={permutations}, but there are no labels to shuffle: give a Run with model=, or differences="
+        )
     ours, theirs = (tuple(_restricted(d, layers) for d in group) for group in (ours, theirs))
     if layers is not None:
         full = {d.name: d.layers for d in everything}
@@ -678,6 +701,11 @@ def principal_angles(
     beyond = beyond - (beyond @ large.T) @ large
     sines = torch.linalg.vector_norm(beyond, dim=-1)
     return torch.atan2(sines, cosines.clamp(min=0)).rad2deg()
+
+
+def _testable(directions: Sequence[Directions], differences: Mapping[str, Tensor]) -> set[str]:
+    """Names of the directions whose labels can be shuffled, or were."""
+    return {d.name for d in directions if d.name in differences or (d.shuffled is not None and len(d.shuffled))}
 
 
 def _iterations(source: Any, found: Sequence[Directions]) -> list[tuple[Directions, Run, int]]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import product
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -32,14 +33,15 @@ from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
 from sims_lens.calibration import FluencyBudget
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import ConfigError, PlanError, RunError
+from sims_lens.errors import ConfigError, PlanError, RankerError, RunError
 from sims_lens.evaluate import side_effects
 from sims_lens.forced import BATCH_TOKENS, ForcedBatch, force
-from sims_lens.hooks import check_fits, resolve, steering
+from sims_lens.hooks import check_fits, check_unsteered, resolve, steering
 from sims_lens.plan import NOTHING, Intervention, Provenance, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
 from sims_lens.rankers import CheckedRanker, bound_ranker
+from sims_lens.rankers.fingerprint import canonical
 from sims_lens.run import Run
 from sims_lens.sampling import LocalSampler
 from sims_lens.scope import TokenScope
@@ -63,6 +65,7 @@ _FIRST = {"pair": 4, "prompt": 8}
 """Units in the first round: few, because most cells are out after it, but enough for a Student interval to be of use.
 Decoding for 4 prompts takes about as long as for 8."""
 _SAVE_SECONDS = 5.0
+_STREAM = ("resid_pre", "resid_post")
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,17 @@ class LayerSweep:
         return self.plan_of(self.best)
 
     @property
+    def unit_of_coefficients(self) -> str:
+        """In words. "residual_norm" is the stream's median norm only where the stream is what is steered; at another
+        site it is that of the output there."""
+        if self.units == "residual_norm":
+            stream = all(site in _STREAM for _, site in self.panels)
+            return "x median residual norm" if stream else "x median norm at the site"
+        return {"absolute": "x the vector as given", "strength": "the transform's own strength"}.get(
+            self.units, "of mixed units"
+        )
+
+    @property
     def panels(self) -> tuple[tuple[str, str], ...]:
         """Each direction and site that was swept."""
         return tuple(dict.fromkeys((cell.direction, cell.site) for cell in self.cells))
@@ -268,9 +282,6 @@ class LayerSweep:
         )
 
     def _about(self) -> list[str]:
-        unit = {"residual_norm": "x median residual norm", "absolute": "x the vector as given"}.get(
-            self.units, "the transform's own strength" if self.units == "strength" else "of mixed units"
-        )
         samples = f", {self.samples} sample{'s' if self.samples > 1 else ''} each" if self.samples else ""
         spent = sum(cell.count for cell in self.cells if cell.coefficient)
         full = self.total * sum(1 for cell in self.cells if cell.coefficient)
@@ -278,7 +289,7 @@ class LayerSweep:
         return [
             f"Sweep of {self.model}: {self.behaviour}, {self.mode}, {len(self.cells)} cells, {self.total} "
             f"{self.unit}s{samples}{share}",
-            f"effect: {self.measure}; coefficient: {unit}; on {self.scope}",
+            f"effect: {self.measure}; coefficient: {self.unit_of_coefficients}; on {self.scope}",
             f"budget: perplexity ratio up to {self.budget.perplexity_ratio:g}, KL up to {self.budget.kl:g} nats per "
             "token",
         ]
@@ -338,7 +349,7 @@ def layer_sweep(
     model: Any,
     source: Any,
     *,
-    coefficients: Sequence[float] = COEFFICIENTS,
+    coefficients: Sequence[float] | Float[np.ndarray, " coefficient"] | Float[Tensor, " coefficient"] = COEFFICIENTS,
     units: str = "residual_norm",
     layers: Sequence[int] | None = None,
     sites: Sequence[str] | None = None,
@@ -375,7 +386,8 @@ def layer_sweep(
         coefficients: to try, positive or negative; 0 is the unsteered model and costs nothing. Of a transform other
             than an addition they are the strength.
         units: of additions. "residual_norm": of a vector at norm 1, in multiples of the median residual norm, that
-            which the source was fitted with where it has one; "absolute": of the vector as it was given.
+            which the source was fitted with where it has one; at a site other than the stream's ("resid_pre",
+            "resid_post") of the median norm of the output there. "absolute": of the vector as it was given.
         layers: only these; all that a direction has where None.
         sites: apply the same directions at each of these; each one's own where None.
         behaviour: pairs of texts; those of the run, where the source is one and there is no ranker.
@@ -388,22 +400,31 @@ def layer_sweep(
         budget: what counts as fluent. Teacher-forced, its two limits are held against figures of the fixed texts.
         adaptive: spend pairs (prompts) where they matter.
         out: a folder. What is finished is kept there, and a sweep that was interrupted goes on from it with the same
-            result, bit for bit.
+            result, bit for bit. The ranker must be one that can be known again: by its attribute ``settings``, or by
+            its code and the plain values that it uses.
         seed: of the order of pairs or prompts, of sampling and of the bootstrap.
         progress: show a progress bar.
 
     Raises:
         ConfigError: a setting is out of range, or it is not clear what to measure.
+        ModelError: a plan is attached to the model.
         PlanError: a direction does not fit the model, is zero, or is not at the layers that were named.
         PromptError: prompts or texts are empty, duplicate, or longer than the context.
-        RankerError: the ranker failed.
+        RankerError: the ranker failed, or with ``out`` can't be known again.
         RunError: ``out`` holds another sweep, or is damaged.
 
     Reference: racing as in Maron & Moore 1994, "Hoeffding races", with Student intervals in place of Hoeffding's.
     """
     began = time.perf_counter()
-    adapter, limits, steered = adapt(model), budget or FluencyBudget(), TokenScope.of(scope)
-    grid = _checked_coefficients(coefficients)
+    check_unsteered(model)
+    limits = FluencyBudget() if budget is None else budget
+    if not isinstance(limits, FluencyBudget):
+        raise ConfigError(f"budget must be a FluencyBudget, such as FluencyBudget(1.5, 0.5), got {budget!r}")
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"seed must be an integer from 0 up, got {seed!r}")
+    adapter, steered, grid = adapt(model), TokenScope.of(scope), _checked_coefficients(coefficients)
+    layers = None if layers is None else _listed(layers, "layers", "[17]")
+    sites = None if sites is None else _listed(sites, "sites", '["resid_post"]')
     if isinstance(source, Run) and ranker is None and behaviour is None:
         behaviour = PairBehaviour(source.text_pairs())
     if isinstance(source, Run) and ranker is not None and prompts is None:
@@ -411,17 +432,19 @@ def layer_sweep(
     places, plan, kind = _candidates(adapter, source, layers, sites, units, steered)
     bench = _bench(model, behaviour, ranker, prompts, samples, sampling, steered, seed)
     levels = _levels(bench, adaptive, seed)
-    settings = {
-        "model": {**asdict(adapter.provenance), "kind": adapter.kind, "dtype": str(adapter.cfg.dtype)},
-        "directions": {"places": [list(place) for place in places], "sha256": _digest(plan)},
-        "coefficients": list(grid),
-        "units": units,
-        "scope": steered.name,
-        "budget": asdict(limits),
-        "adaptive": adaptive,
-        "seed": seed,
-        **bench.settings(),
-    }
+    settings: dict[str, Any] = {}
+    if out is not None:
+        settings = {
+            "model": {**asdict(adapter.provenance), "kind": adapter.kind, "dtype": str(adapter.cfg.dtype)},
+            "directions": {"places": [list(place) for place in places], "sha256": _digest(plan)},
+            "coefficients": list(grid),
+            "units": units,
+            "scope": steered.name,
+            "budget": asdict(limits),
+            "adaptive": adaptive,
+            "seed": seed,
+            **bench.settings(),
+        }
     ledger = _Ledger(None if out is None else Path(out), json.loads(json.dumps(settings)))
     plan = ledger.steering(lambda: resolve(model, plan), plan)
     bench.ledger = ledger
@@ -451,10 +474,18 @@ def layer_sweep(
 # What is swept
 
 
-def _checked_coefficients(coefficients: Sequence[float]) -> tuple[float, ...]:
-    grid = list(coefficients) if isinstance(coefficients, Sequence) and not isinstance(coefficients, str) else []
+def _listed(value: Any, name: str, example: str) -> list[Any]:
+    """A list of what was given: any sequence but a text, or an array or tensor of one dimension."""
+    found = value.tolist() if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 1 else value
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise ConfigError(f"{name} must be a list, such as {example}, got {' '.join(repr(value).split())[:80]}")
+    return list(found)
+
+
+def _checked_coefficients(coefficients: Any) -> tuple[float, ...]:
+    grid = _listed(coefficients, "coefficients", "[0.1, 0.2]")
     for value in grid:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise ConfigError(f"a coefficient must be a finite number, got {value!r}")
     if not any(grid) or len(set(grid)) < len(grid):
         raise ConfigError(f"coefficients must be different numbers, such as {COEFFICIENTS}, got {coefficients!r}")
@@ -701,10 +732,16 @@ class _Sampled:
 
     def settings(self) -> dict[str, Any]:
         """See :class:`_Forced`."""
+        try:
+            ranker = canonical(self.ranker)
+        except RankerError as error:
+            raise RankerError(
+                f"{error}; or leave out= away: a folder is for one ranker, by what it depends on"
+            ) from error
         return {
             "mode": self.mode,
             "prompts": _hash(self.prompts),
-            "ranker": [self.ranker.name, str(getattr(self.ranker, "settings", ""))],
+            "ranker": ranker,
             "samples": self.responses,
             "sampling": asdict(self.sampling),
         }

@@ -15,7 +15,7 @@ from sims_lens.activations import capture_tokens, residual_norms
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.errors import PlanError, PromptError
-from sims_lens.hooks import steering
+from sims_lens.hooks import check_unsteered, steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.prompts import quote
 from sims_lens.run import Run
@@ -306,7 +306,7 @@ def token_scores(
     are not centred: a direction that the whole stream leans to gives every token a score.
 
     Args:
-        model: ``HookedTransformer`` or ``TransformerBridge``.
+        model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         text: ``(prompt, response)``, or a prompt alone; an instruct model sees the prompt in its chat template.
         source: one set of directions, as in :func:`~sims_lens.analysis.directions.directions_of`; a run's last
             iteration.
@@ -316,8 +316,10 @@ def token_scores(
 
     Raises:
         PlanError: the source has several directions at a layer, or none at ``layer``; it or the plan does not fit.
-        PromptError: the text has no tokens, or more than the context.
+        PromptError: a text is empty or white space, or has more tokens than the context.
+        ModelError: a plan is attached to the model.
     """
+    check_unsteered(model)
     adapter = adapt(model)
     found = _one(source)
     if layer is not None:
@@ -381,6 +383,9 @@ def _encoded(adapter: Adapter, text: Text) -> tuple[list[int], list[int]]:
     if not (isinstance(text, str) or (isinstance(text, tuple) and [type(t) for t in text] == [str, str])):
         raise PromptError(f"a text is a prompt or (prompt, response), got {quote(repr(text))}")
     prompt, response = (text, None) if isinstance(text, str) else text
+    for what, given in (("prompt", prompt), ("response", response)):
+        if given is not None and not given.strip():
+            raise PromptError(f"the {what} is {given!r}: it has no tokens to score; give one with text in it")
     row = adapter.encode(prompt), [] if response is None else adapter.encode_response(response)
     if len(row[0]) + len(row[1]) > adapter.n_ctx:
         raise PromptError(f"the text has {len(row[0]) + len(row[1])} tokens, the context {adapter.n_ctx}: shorten it")

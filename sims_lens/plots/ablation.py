@@ -52,7 +52,8 @@ def leave_one_out(found: LeaveOneOut) -> go.Figure:
             )
         figure.add_scatter(
             **_points([p.replaced for p in found.parts if p.replaced is not None], [r + 0.24 for r in rows], names),
-            name=f"lost if its direction is random (mean and range of {found.controls})",
+            name="lost if its direction is random"
+            + (f" (mean and range of {found.controls})" if found.controls > 1 else ""),
             mode="markers",
             marker={"color": ORANGE, "size": 9, "symbol": "diamond"},
         )

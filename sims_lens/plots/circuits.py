@@ -38,7 +38,8 @@ def component_effects(found: ComponentEffects, *, value: str = "lost", share: bo
     Args:
         found: of :func:`sims_lens.analysis.component_effects`.
         value: "lost", "restored" or "gradient".
-        share: as a share of the plan's whole effect; in nats per token where False.
+        share: as a share of the plan's whole effect; in nats per token where False, and where the interval of the
+            effect reaches 0.
 
     Raises:
         ConfigError: there is no such value.
@@ -46,7 +47,9 @@ def component_effects(found: ComponentEffects, *, value: str = "lost", share: bo
     if value not in _VALUES:
         raise ConfigError(f"value {value!r} is not one of {', '.join(_VALUES)}")
     figure = _map(found, value, share)
-    subtitle = f"{_whole(found)}; {found.direct.share.estimate:.0%} of it goes straight to the logits."
+    direct = found.direct
+    straight = f"{direct.nats.estimate:+.3g}" if direct.share is None else f"{direct.share.estimate:.0%} of it"
+    subtitle = f"{_whole(found)}; {straight} goes straight to the logits."
     return titled(figure, _VALUES[value], subtitle, height=_height(found))
 
 
@@ -55,7 +58,8 @@ def direction_readers(found: DirectionReaders, *, share: bool = True) -> go.Figu
 
     Args:
         found: of :func:`sims_lens.analysis.direction_readers`.
-        share: as a share of the plan's whole effect; in nats per token where False.
+        share: as a share of the plan's whole effect; in nats per token where False, and where the interval of the
+            effect reaches 0.
     """
     figure = _map(found, "gradient", share)
     for column, kind in ((1, HEAD), (2, MLP)):
@@ -74,7 +78,7 @@ def direction_readers(found: DirectionReaders, *, share: bool = True) -> go.Figu
         )
     subtitle = (
         "Lost when it alone reads the stream without what was added, to first order. "
-        f"Dots: checked (Spearman {found.agreement.estimate:.2f})."
+        f"Dots: checked ({_ranked(found, ends=False)})."
     )
     return titled(figure, "Who reads the direction", subtitle, height=_height(found))
 
@@ -112,11 +116,8 @@ def attribution_check(found: ComponentEffects | DirectionReaders) -> go.Figure:
     _name(figure, [e for e in patched if repr(e.component) in named], 350 / (line[1] - line[0]))
     figure.update_xaxes(title_text="lost, by exact patching (nats per token)", range=line)
     figure.update_yaxes(title_text="lost, by gradient (nats per token)", range=line)
-    agreement = found.agreement
-    subtitle = (
-        f"{len(patched)} components. Spearman {agreement.estimate:.2f} [{agreement.low:.2f}, {agreement.high:.2f}], "
-        "interval over pairs of texts."
-    )
+    count = f"{len(patched)} component{'' if len(patched) == 1 else 's'}"
+    subtitle = f"{count}: {_ranked(found)}."
     return titled(figure, "Gradient against exact patching", subtitle, height=520)
 
 
@@ -141,7 +142,17 @@ def _name(figure: go.Figure, named: Sequence[ComponentEffect], pixels: float) ->
         )
 
 
+def _ranked(found: ComponentEffects | DirectionReaders, *, ends: bool = True) -> str:
+    """How far gradient and patching agree, in words."""
+    agreement = found.agreement
+    if np.isnan(agreement.estimate):
+        return "too few to rank"
+    text = f"Spearman {agreement.estimate:.2f}"
+    return f"{text} [{agreement.low:.2f}, {agreement.high:.2f}], interval over pairs of texts" if ends else text
+
+
 def _map(found: ComponentEffects | DirectionReaders, value: str, share: bool) -> go.Figure:
+    share = share and found.direct.share is not None
     layers = sorted({e.component.layer for e in found.components})
     heads = found.n_heads
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, column_widths=[0.88, 0.12], horizontal_spacing=0.02)
@@ -214,7 +225,8 @@ def _whole(found: ComponentEffects | DirectionReaders) -> str:
 
 
 def _estimate(amount: Amount | None, share: bool) -> float:
-    return float("nan") if amount is None else (amount.share if share else amount.nats).estimate
+    interval = None if amount is None else amount.share if share else amount.nats
+    return float("nan") if interval is None else interval.estimate
 
 
 def _hover(each: ComponentEffect) -> str:
@@ -225,7 +237,8 @@ def _hover(each: ComponentEffect) -> str:
         amount: Amount | None = getattr(each, name)
         if amount is not None:
             share = amount.share
-            lines.append(f"{name} {_signed(amount.nats)}, {share.estimate:.0%} [{share.low:.0%}, {share.high:.0%}]")
+            part = "" if share is None else f", {share.estimate:.0%} [{share.low:.0%}, {share.high:.0%}]"
+            lines.append(f"{name} {_signed(amount.nats)}{part}")
     return "<br>".join(lines)
 
 

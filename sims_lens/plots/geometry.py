@@ -8,7 +8,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from sims_lens.analysis.norms import VectorNorms
+from sims_lens.analysis.norms import VectorNorms, counted
 from sims_lens.analysis.similarity import DirectionSimilarity, SharedSubspace, Trajectory
 from sims_lens.errors import PlanError
 from sims_lens.plots.theme import (
@@ -51,6 +51,8 @@ def norm_profile(norms: VectorNorms) -> go.Figure:
         found = norms.of(name)
         style = _line(name, colour, len(found))
         values = [d.norm for d in found]
+        if all(map(math.isnan, values)):
+            style["name"] = f"{style['name']} (unit direction)"
         shares = [d.norm / norms.stream(d.site, d.layer).median for d in found]
         x = [d.layer for d in found]
         figure.add_scatter(
@@ -107,10 +109,11 @@ def projection_profile(norms: VectorNorms) -> go.Figure:
     """
     gaps = any(not math.isnan(d.gap.estimate) for d in norms.directions)
     figure = make_subplots(rows=3 if gaps else 2, cols=1, shared_xaxes=True, vertical_spacing=0.05)
+    read = f"{counted(norms.texts, 'text')}, {counted(norms.tokens, 'token')} of scope {plotly_text(norms.scope)}"
     titled(
         figure,
         "Where the stream lies along the directions",
-        f"{norms.texts} texts, {norms.tokens} tokens of scope {plotly_text(norms.scope)}; 95% intervals over prompts",
+        f"{read}; 95% intervals over prompts",
         height=_height(HEIGHT + (260 if gaps else 120), len(norms.names)),
     )
     for at, (name, colour) in enumerate(zip(norms.names, colours(len(norms.names)), strict=True)):

@@ -46,6 +46,9 @@ def slider(figures: Mapping[str, go.Figure], *, label: str = "layer") -> go.Figu
     """
     if not isinstance(figures, Mapping) or not figures:
         raise ConfigError(f"slider needs figures by name, for instance {{'14': figure}}; got {figures!r}")
+    for name, figure in figures.items():
+        if not isinstance(figure, go.Figure):
+            raise ConfigError(f"slider needs figures; {name!r} is a {type(figure).__name__}: draw it first")
     names = [str(name) for name in figures]
     steps = [_plain(figure.to_plotly_json()) for figure in figures.values()]
     _check_kinds(names, steps)

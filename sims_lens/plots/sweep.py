@@ -219,6 +219,8 @@ def _subtitle(sweep: LayerSweep) -> str:
 
 
 def _units(sweep: LayerSweep, gap: str) -> str:
+    if sweep.units == "residual_norm" and "at the site" in sweep.unit_of_coefficients:
+        return f"{gap}(× median norm{gap}at the site)"
     unit = {"residual_norm": "(× residual norm)", "strength": "(strength)", "mixed": "(mixed units)"}
     return f"{gap}{unit[sweep.units]}" if sweep.units in unit else ""
 
