@@ -53,9 +53,7 @@ def write_report(run: Run | str | Path, path: str | Path | None = None, *, analy
         RunError: there is no run, it is damaged, or ``path`` is a folder.
     """
     if not isinstance(run, (Run, str, Path)):
-        raise RunError(
-            f"a report is of a run or its directory, not a {type(run).__name__}; pass it in analyses=[...]"
-        )
+        raise RunError(f"a report is of a run or its directory, not a {type(run).__name__}; pass it in analyses=[...]")
     if not isinstance(analyses, (list, tuple)):
         raise RunError(f"analyses must be a list of results or figures, got a {type(analyses).__name__}; write [it]")
     if not isinstance(run, Run):
