@@ -1,5 +1,7 @@
 """Every result has its figures, and the report takes them with results' tables, all of it escaped."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +99,27 @@ def test_a_model_with_a_plan_attached_is_refused(zoo: Any) -> None:
             pytest.fail(f"call {number} took a steered model")
 
 
-def test_what_makes_a_plan_is_told_from_a_plan(zoo: Any) -> None:
-    model = zoo("llama", KINDS[-1])
-    fitted = sims.fit(model, PAIRS, layers=[1])
-    with pytest.raises(sims.SimsError, match=r"got SteeringFit; make one with \.plan\(layer\)"):
-        sims.component_effects(model, fitted, PAIRS)  # type: ignore[arg-type]
-    with pytest.raises(sims.SimsError, match="a list of pairs"):
-        sims.PairBehaviour(None)  # type: ignore[arg-type]
-    with pytest.raises(sims.SimsError, match="draw it first"):
-        sims.plots.slider({"a": 3})
-    with pytest.raises(sims.SimsError, match="a list of results"):
-        sims.write_report("x", analyses="y")  # type: ignore[arg-type]
+def test_what_types_would_catch_gets_one_line_without_them(tmp_path: Path) -> None:
+    """The tests check every argument's type; a user's session does not."""
+    code = """
+import sims_lens as sims
+from sims_lens.hooks import resolve
+class Fit:
+    def plan(self, layer): ...
+calls = [
+    (lambda: sims.PairBehaviour(None), "a list of pairs"),
+    (lambda: sims.plots.slider({"a": 3}), "draw it first"),
+    (lambda: sims.write_report(3), "a run or its directory"),
+    (lambda: sims.write_report("x", analyses="y"), "a list of results"),
+    (lambda: resolve(None, Fit()), "make one with .plan(layer)"),
+]
+for call, said in calls:
+    try:
+        call()
+    except sims.SimsError as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
