@@ -41,6 +41,24 @@ def results(model, train, test) -> dict[str, object]:
     }
 
 
+def strength(model, train) -> dict[str, go.Figure]:
+    """How strongly to steer, and two plans at once: on few prompts, to show the figures."""
+    fitted = sims.fit(model, train)
+    sampling = sims.SamplingConfig(responses=2, max_new_tokens=20)
+    prompts = sims.everyday(24)
+    early, late = fitted.plan(13, coefficient=0.15), fitted.plan(21, coefficient=0.15)
+    common = {"sampling": sampling, "seed": 0}
+    found = sims.calibrate(model, {"layer 13": early, "layer 21": late}, prompts=prompts, ranker=sims.Vader(), **common)
+    together = sims.interaction(
+        model,
+        {"layer 13": early, "layer 21": late},
+        {"vader": sims.Vader(), "reading ease": sims.ReadingEase()},
+        prompts[:12],
+        **common,
+    )
+    return {"calibration": plots.calibration(found), "interaction": plots.interaction(together)}
+
+
 def small_run(model, out: Path) -> sims.Run:
     """Three iterations on 60 prompts."""
     config = sims.SIMSConfig(
@@ -60,6 +78,8 @@ def of_run(model, run: sims.Run) -> tuple[list[object], dict[str, go.Figure]]:
         "run_similarity": plots.similarity_profile(similarity),
         "run_readout_drift": plots.readout_drift(found),
         "sample_browser": plots.sample_browser(run),
+        "reliability_card": plots.reliability_card(run.audit),
+        "pair_selection": plots.pair_selection([i.pairs for i in run.iterations]),
         "slider": plots.slider(
             {str(k): plots.layer_similarity(run, k) for k in range(1, len(run.iterations) + 1)},
             label="iteration",
@@ -88,7 +108,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     found = results(model, pairs[:40], pairs[40 : 40 + given.test])
     figures = {f"{name}_{k}": f for name, r in found.items() for k, f in enumerate(plots.figures(r), start=1)}
-    write(figures, given.out)
+    write(figures | strength(model, pairs[:40]), given.out)
     with tempfile.TemporaryDirectory() as folder:
         run = small_run(model, given.run or Path(folder) / "run")
         about, drawn = of_run(model, run)

@@ -115,7 +115,7 @@ from sims_lens.analysis import pair_differences, permutation_p
 
 other_half = sims.fit(model, train[20:])
 reference = sims.analysis.directions_of(other_half)[0].vectors
-test_of_chance = permutation_p(pair_differences(model, train[:20]), reference, permutations=500)
+test_of_chance = permutation_p(pair_differences(model, train[:20]), reference, permutations=3000)
 test_of_chance.table().iloc[::4].round(4)
 
 # %% [markdown]
