@@ -31,6 +31,7 @@ from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.prompts import check_prompts, quote
 from sims_lens.rankers import bound_ranker, rank
 from sims_lens.sampling import LocalSampler
+from sims_lens.twin import response_logits
 
 TextPair = tuple[str, str, str]
 """A prompt, a text that shows the behaviour, and one that does not."""
@@ -195,7 +196,7 @@ def logprob_margin(
             batch = order[start : start + size]
             asked = list(dict.fromkeys(pairs[i][0] for i in batch))
             forced = [(asked.index(pairs[i][0]), texts[text]) for i in batch for text in pairs[i][1:]]
-            logits = adapter.response_logits([prompts[prompt] for prompt in asked], forced)
+            logits = response_logits(model, [prompts[prompt] for prompt in asked], forced)
             means = _mean_logprob(logits, [tokens for _, tokens in forced]).cpu()
             margins[batch] = means[0::2] - means[1::2]
     return margins

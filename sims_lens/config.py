@@ -18,6 +18,7 @@ from sims_lens.sites import check_site
 Compose = Literal["accumulate", "replace"]
 Allocation = Literal["equal", "spread"]
 AuditPolicy = Literal["stop", "report", "off"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 LengthControl = Literal["report", "match", "regress"]
 Policy = Literal["all", "top_margin", "stratified", "recency", "random"]
 
@@ -45,7 +46,11 @@ class SamplingConfig:
         temperature: divides the logits.
         top_k: only the k most probable tokens; None for all.
         top_p: the smallest set of tokens with this much probability; 1.0 for all.
-        batch_rows: sequences decoded side by side.
+        min_p: only tokens at least this probable, as a share of the most probable one's; 0 for all.
+        stop: strings that end a response; they are not part of it.
+        batch_rows: sequences decoded side by side, at most. None: as many as help and find room in memory.
+        dtype: to decode in, "float32", "bfloat16" or "float16", with a copy of the weights where it is not the
+            model's own. "bfloat16" is about twice as fast on a CPU; what it does to results is in ``docs/speed.md``.
     """
 
     responses: int = 4
@@ -54,14 +59,25 @@ class SamplingConfig:
     temperature: float = 0.8
     top_k: int | None = 50
     top_p: float = 1.0
-    batch_rows: int = 128
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    batch_rows: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         _positive_int("responses (K)", self.responses, low=2)
         if self.allocation not in get_args(Allocation):
             raise ConfigError(f"allocation must be one of {', '.join(get_args(Allocation))}, got {self.allocation!r}")
         _positive_int("max_new_tokens", self.max_new_tokens)
-        _positive_int("batch_rows", self.batch_rows)
+        if self.batch_rows is not None:
+            _positive_int("batch_rows", self.batch_rows)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        stop = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ConfigError(f'stop must be a tuple of strings, such as ("\\n\\n",), got {stop!r}')
+        object.__setattr__(self, "stop", tuple(stop))
+        if self.dtype is not None and self.dtype not in get_args(Dtype):
+            raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, or None; got {self.dtype!r}")
         _number("temperature", self.temperature, 0.0, open_low=True)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         if self.top_k is not None:

@@ -19,6 +19,7 @@ from sims_lens.data import Sample, by_prompt
 from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.stats import Interval, bootstrap_mean, distinct_ratio, interval_from, win_probability
+from sims_lens.twin import response_logits
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def side_effects(
         asked = [encoded[group[0].prompt] for group in batch]
         forced = [(index, sample.tokens) for index, sample in rows]
         with torch.inference_mode():
-            base = adapter.response_logits(asked, forced).float().log_softmax(-1)
+            base = response_logits(model, asked, forced).float().log_softmax(-1)
             targets = torch.zeros(base.shape[:2], dtype=torch.long)
             for row, (_, tokens) in enumerate(forced):
                 targets[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
@@ -167,7 +168,7 @@ def side_effects(
             kl = torch.zeros_like(nll)
             if plan.interventions:
                 with steering(model, plan):
-                    steered = adapter.response_logits(asked, forced).float().log_softmax(-1)
+                    steered = response_logits(model, asked, forced).float().log_softmax(-1)
                 kl = _per_row(kl_divergence(steered, base), counted)
         for (_, sample), row_nll, row_kl in zip(rows, nll.tolist(), kl.tolist(), strict=True):
             found[sample.prompt, sample.draw] = replace(sample, nll=row_nll, kl=row_kl)

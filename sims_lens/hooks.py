@@ -50,6 +50,7 @@ class TokenTracker:
         self._declared: int | Int[Tensor, " batch"] | None = None
         self.boundary: int | Int[Tensor, " batch"] | None = None
         self._columns = (0, 0)
+        self._before: Sequence[int] | None = None
         self._masks: dict[TokenScope, bool | Bool[Tensor, "batch pos"]] = {}
 
     def before_block(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -64,7 +65,19 @@ class TokenTracker:
             self.boundary = offset or width
         elif self.boundary is None:
             self.boundary = offset + width
-        self._columns, self._masks = (offset, width), {}
+        self._columns, self._masks, self._before = (offset, width), {}, None
+
+    def expect(self, width: int, boundary: int, *, offset: int = 0, before: Sequence[int] | None = None) -> None:
+        """Say what the next forward pass is about, where no block of the model runs to tell (:mod:`sims_lens.twin`).
+
+        Args:
+            width: columns that are run.
+            boundary: the column at which a response begins.
+            offset: of the first column that is run.
+            before: for each row, response tokens before the first column, where they differ.
+        """
+        self.boundary, self._columns, self._masks = boundary, (offset, width), {}
+        self._before = before
 
     def mask(self, scope: TokenScope, stream: Float[Tensor, "batch pos d_model"]) -> "bool | Tensor":
         """Which tokens of ``stream`` are in scope: a mask, or one bool where it is the same for all of them."""
@@ -95,6 +108,8 @@ class TokenTracker:
         To be called after :meth:`mask`, for the same stream.
         """
         (offset, width), boundary = self._columns, self.boundary
+        if self._before is not None:
+            offset, boundary = 0, [-count for count in self._before]  # type: ignore[assignment]
         columns = torch.arange(offset, offset + width, device=stream.device)[None]
         edge = torch.as_tensor(boundary, device=stream.device).reshape(-1, 1)
         return (columns - edge + 1).clamp(min=0).to(torch.float32)

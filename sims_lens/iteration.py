@@ -29,6 +29,7 @@ from sims_lens.errors import RunError
 from sims_lens.estimators import mean_difference, shuffled_mean_differences, split_half_cosine, unit
 from sims_lens.hooks import steering
 from sims_lens.plan import Provenance, SteeringPlan
+from sims_lens.sampling import Readings
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +57,21 @@ def fit_contrast(
     config: SIMSConfig,
     *,
     seed: int,
+    readings: Readings | None = None,
 ) -> Fit:
     """Capture the pairs' activations in one pass over all layers and fit the mean difference at each.
 
     Both responses of a pair are read with ``plan`` attached, averaged over response tokens: under one plan, so that a
     constant addition at the site drops out of the difference.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        prompts: those that the pairs count.
+        contrast: the pairs.
+        plan: what they are read under.
+        config: the choices.
+        seed: of the shuffled labels and the split halves.
+        readings: what was read of the very samples while they were drawn under ``plan``; then no pass is needed.
 
     Raises:
         RunError: fewer than two pairs are left.
@@ -70,16 +81,21 @@ def fit_contrast(
             f"only {len(contrast.pairs)} contrast pairs are left (dropped: {contrast.dropped}); the ranker hardly "
             "tells the responses apart. Give more prompts or responses, or a smaller min_margin"
         )
-    adapter = adapt(model)
-    encoded = {pair.prompt: adapter.encode(prompts[pair.prompt]) for pair in contrast.pairs}
-    rows = [(encoded[p.prompt], s.tokens) for p in contrast.pairs for s in (p.best, p.worst)]
-    with steering(model, plan):
-        read = capture(model, rows, site=config.steering.site)
-    best, worst = read.means[0::2], read.means[1::2]
+    chosen = [(pair.prompt, sample) for pair in contrast.pairs for sample in (pair.best, pair.worst)]
+    if readings is not None:
+        means, norms = readings.select([(prompt, sample.draw) for prompt, sample in chosen])
+        median_norm = norms.median(dim=0).values
+    else:
+        adapter = adapt(model)
+        encoded = {prompt: adapter.encode(prompts[prompt]) for prompt, _ in chosen}
+        with steering(model, plan):
+            read = capture(model, [(encoded[prompt], s.tokens) for prompt, s in chosen], site=config.steering.site)
+        means, median_norm = read.means, read.median_norm
+    best, worst = means[0::2], means[1::2]
     return Fit(
         mean_difference=mean_difference(best, worst),
         shuffled=shuffled_mean_differences(best, worst, count=config.evaluation.controls, seed=seed),
-        median_norm=read.median_norm,
+        median_norm=median_norm,
         split_half=split_half_cosine(best, worst, seed=seed),
     )
 

@@ -29,10 +29,14 @@ from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
 from sims_lens.rankers import CachedRanker, CheckedRanker, as_ranker, bound_ranker, rank
 from sims_lens.run import Run, open_run
-from sims_lens.sampling import LocalSampler, Sampler
+from sims_lens.sampling import LocalSampler, Reading, Readings, ReadingSampler, Sampler
 from sims_lens.selection import allocate, shrunk_spread
 from sims_lens.sites import check_layer
-from sims_lens.store import Folder, RunStore, write_jsonl
+from sims_lens.store import Folder, RunStore, read_tensors, write_jsonl, write_tensors
+
+READINGS_LIMIT = 1 << 30
+"""Bytes that the stream of an iteration's responses, averaged over each one's tokens, may take in memory and on the
+disk until it is fitted to; where it would be more, the pairs are run again instead."""
 
 
 def improve(
@@ -328,18 +332,39 @@ class _Loop:
         def make() -> Mapping[str, Tensor]:
             self.bar.phase(f"{name}: reading {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
             with self.spending(folder, "capture") as cost:
-                fit = fit_contrast(self.model, self.prompts, contrast, plan, config, seed=seed)
+                readings = self.readings(folder, contrast.pairs)
+                fit = fit_contrast(self.model, self.prompts, contrast, plan, config, seed=seed, readings=readings)
                 cost["prefill"] = sum(
                     len(self.adapter.encode(self.prompts[p.prompt])) + len(s.tokens)
                     for p in contrast.pairs
                     for s in (p.best, p.worst)
+                    if readings is None
                 )
             return asdict(fit)
 
         audited = folder.json("audit", asked_again) if config.ranking.audit != "off" and contrast.pairs else None
         figures = {"diagnostics": chosen.to_json(), "dropped": contrast.dropped, "audit": audited}
         about = {**asdict(self._provenance(f"improve, iteration {t}")), "site": config.steering.site}
-        return folder.tensors("vectors", make, about), figures
+        vectors = folder.tensors("vectors", make, about)
+        folder.remove("readings.safetensors")
+        return vectors, figures
+
+    def reads(self, folder: Folder, split: str, n: int | Mapping[int, int]) -> bool:
+        """Whether the stream is read while these responses are drawn: the pairs will all be of this iteration, so that
+        it is the plan at hand that they are read under; the sampler can do it; and it finds room on the disk."""
+        only_these = self.config.contrast.memory == 1 or folder.final == self.store.iteration(1).final
+        if split != "train" or not only_these:
+            return False
+        count = n * len(self.indices(split)) if isinstance(n, int) else sum(n.values())
+        size = 4 * count * self.adapter.n_layers * (self.adapter.d_model + self.config.sampling.max_new_tokens)
+        return size <= READINGS_LIMIT and isinstance(self.sampler, ReadingSampler) and self.sampler.reads()
+
+    def readings(self, folder: Folder, pairs: Sequence[ContrastPair]) -> Readings | None:
+        """What was read while the responses of an iteration were drawn; None where that was not done."""
+        file = folder.path / "readings.safetensors"
+        if not file.is_file() or any(pair.crosses for pair in pairs):
+            return None
+        return Readings(**read_tensors(file))
 
     def reranked(self, folder: Folder, bank: MemoryBank, name: str) -> MemoryBank:
         """A bank whose responses of all iterations were ranked together: a judge that compares responses with each
@@ -425,16 +450,30 @@ class _Loop:
         for index in self.indices(split):
             groups.setdefault(n if isinstance(n, int) else n[index], []).append(index)
 
+        reading = self.reads(folder, split, n)
+        found: dict[tuple[int, int], Reading] = {}
+
+        def sampled(texts: Sequence[str], count: int) -> Iterator[tuple[Sample, Reading | None]]:
+            if reading and isinstance(self.sampler, ReadingSampler):
+                site = self.config.steering.site
+                yield from self.sampler.sample_and_read(texts, n=count, plan=plan, seed=seed, site=site)
+            else:
+                for sample in self.sampler.sample(texts, n=count, plan=plan, seed=seed):
+                    yield sample, None
+
         def draw() -> Iterator[Sample]:
             self.bar.phase(f"{what}: sampling")
             self._drawn.add((folder.final, name))
             before = replace(self.sampler.count)
             with self.spending(folder, "sample") as cost:
                 for count, indices in sorted(groups.items()):
-                    texts = [self.prompts[i] for i in indices]
-                    for sample in self.sampler.sample(texts, n=count, plan=plan, seed=seed):
+                    for sample, read in sampled([self.prompts[i] for i in indices], count):
                         self.bar.advance(1)
+                        if read is not None:
+                            found[indices[sample.prompt], sample.draw] = read
                         yield replace(sample, prompt=indices[sample.prompt])
+                if found:  # before the samples, which say that this step is done
+                    write_tensors(folder.path / "readings.safetensors", asdict(Readings.of(found)))
                 cost["prefill"] = self.sampler.count.prefill - before.prefill
                 cost["decode"] = self.sampler.count.decode - before.decode
 

@@ -13,6 +13,9 @@ Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 
 SITES: tuple[str, ...] = get_args(Site)
 
+STEERING = ".steer_"
+"""In the names of the hook points that a plan brings along, and of no other."""
+
 
 def check_site(site: str) -> None:
     """Raise :class:`PlanError` unless ``site`` is one that can be steered.

@@ -16,19 +16,20 @@ ROOT = Path(sims_lens.__file__).parent
 # What docs/architecture.md draws: a module imports only from levels below its own, or beside it in its own folder.
 LEVELS = {
     0: ["errors", "sites", "scope", "data", "config", "stats", "estimators", "prompts", "progress", "transforms"],
-    1: ["plan", "contrast", "store"],
+    1: ["plan", "contrast", "store", "moments"],
     2: ["adapter", "bank", "selection", "hub"],
-    3: ["models", "activations"],
-    4: ["hooks", "supervised", "forced"],
-    5: ["sampling", "evaluate", "export"],
-    6: ["rankers"],
-    7: ["auditing", "behaviour"],
-    8: ["iteration", "run", "calibration"],
-    9: ["loop", "analysis"],
-    10: ["plots"],
-    11: ["report", "widgets"],
-    12: ["cli"],
-    13: ["__main__"],
+    3: ["models", "twin", "capture_store"],
+    4: ["activations"],
+    5: ["hooks", "supervised", "forced"],
+    6: ["sampling", "evaluate", "export"],
+    7: ["rankers"],
+    8: ["auditing", "behaviour"],
+    9: ["iteration", "run", "calibration"],
+    10: ["loop", "analysis"],
+    11: ["plots"],
+    12: ["report", "widgets"],
+    13: ["cli"],
+    14: ["__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -23,7 +23,7 @@ from sims_lens.errors import ConfigError, PromptError, RankerError
 from sims_lens.rankers import ReadingEase
 from sims_lens.rankers.cache import CachedRanker
 from sims_lens.rankers.ensemble import Ensemble
-from sims_lens.sampling.base import TokenCount
+from sims_lens.sampling import TokenCount
 from sims_lens.stats import Interval
 
 SEEDS, PROMPTS = 100, 20

@@ -17,7 +17,7 @@ from sims_lens.errors import ConfigError, PlanError, PromptError, RankerError, R
 from sims_lens.iteration import candidate_layers, compose, compose_control
 from sims_lens.loop import choose_layer, split_prompts
 from sims_lens.plan import Provenance, SteeringPlan
-from sims_lens.sampling.base import TokenCount
+from sims_lens.sampling import TokenCount
 
 WORDS = [
     "sea",

@@ -39,9 +39,9 @@ from sims_lens.hooks import SteeringModule, steering
 from sims_lens.plan import NOTHING
 from sims_lens.prompts import quote
 from sims_lens.rankers.tournament import averaged_over_orders, bradley_terry, mean_win_rate, schedule
-from sims_lens.sampling import LocalSampler
-from sims_lens.sampling.base import TokenCount
+from sims_lens.sampling import LocalSampler, TokenCount
 from sims_lens.sampling.draw import uniforms
+from sims_lens.twin import response_logits
 
 Form = Literal["likelihood", "pairwise", "pointwise", "graded", "listwise"]
 Item = tuple[str, Sequence[str]]
@@ -368,7 +368,7 @@ class BoundJudge:
             places = list(dict.fromkeys((index, sign) for index, sign, *_ in batch))
             prompts = {(index, sign): ids for index, sign, _, ids, _ in batch}
             rows = [(places.index((index, sign)), answer) for index, sign, _, _, answer in batch]
-            logits = adapter.response_logits([prompts[place] for place in places], rows)
+            logits = response_logits(self.model, [prompts[place] for place in places], rows)
             self.count.prefill += sum(map(len, prompts.values())) + sum(max(0, len(a) - 1) for _, a in rows)
             for (index, sign, k, _, answer), row in zip(batch, logits, strict=True):
                 if answer:

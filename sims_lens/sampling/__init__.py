@@ -1,6 +1,8 @@
 """Drawing responses from a model, steered or not."""
 
-from sims_lens.sampling.base import Sampler
+from sims_lens.sampling.base import ReadingSampler, Sampler
+from sims_lens.sampling.decode import TokenCount
 from sims_lens.sampling.local import LocalSampler
+from sims_lens.sampling.reading import Reading, Readings
 
-__all__ = ["LocalSampler", "Sampler"]
+__all__ = ["LocalSampler", "Reading", "ReadingSampler", "Readings", "Sampler", "TokenCount"]

@@ -1,19 +1,12 @@
-"""The seam for engines that sample: in this process, over a cluster, from a server."""
+"""The seams for engines that sample: in this process, over a cluster, from a server."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from sims_lens.data import Sample
 from sims_lens.plan import SteeringPlan
-
-
-@dataclass
-class TokenCount:
-    """Tokens that an engine has processed: ``prefill`` of prompts, ``decode`` of responses."""
-
-    prefill: int = 0
-    decode: int = 0
+from sims_lens.sampling.decode import TokenCount
+from sims_lens.sampling.reading import Reading
 
 
 @runtime_checkable
@@ -24,4 +17,19 @@ class Sampler(Protocol):
 
     def sample(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
         """Yield ``len(prompts) * n`` samples, in any order. A sample depends on its prompt, draw, plan and seed."""
+        ...
+
+
+@runtime_checkable
+class ReadingSampler(Sampler, Protocol):
+    """A sampler that can also read the stream of what it draws, so that nothing has to be run twice."""
+
+    def reads(self) -> bool:
+        """Whether it can do so now."""
+        ...
+
+    def sample_and_read(
+        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, site: str
+    ) -> "Iterator[tuple[Sample, Reading | None]]":
+        """Like :meth:`Sampler.sample`, with the stream at a site over each response's tokens, under the plan."""
         ...

@@ -1,23 +1,42 @@
-"""The in-process sampler: one prefill per prompt, shared by its K responses; many rows decoded side by side."""
+"""The in-process sampler: on the model's twin with continuous batching, or on the model itself where it has none."""
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
+from sims_lens.errors import ModelError
 from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
-from sims_lens.sampling.base import TokenCount
+from sims_lens.sampling.decode import Decoder, Job, Row, TokenCount
 from sims_lens.sampling.draw import choose, uniforms
+from sims_lens.sampling.reading import Following, Reader, Reading
+from sims_lens.scope import TRACKER
+from sims_lens.twin import Road, road
+
+logger = logging.getLogger("sims_lens")
+
+ROWS = {"cpu": 64, "cuda": 512, "mps": 128}
+"""Rows side by side, at most, where the config leaves it open. On a CPU more don't help: see ``docs/speed.md``."""
+
+_MEMORY_SHARE = 0.5
+"""Of the free memory, what the rows' keys and values may take."""
+
+_AT_ONCE = 16
+"""Responses that are drawn before they are handed out; the model is unsteered again meanwhile."""
 
 
 class LocalSampler:
     """Samples from a model in this process.
+
+    The model's twin is run (:mod:`sims_lens.twin`): the same weights, the same HookPoints, a fraction of the time.
+    Where it has none, or something is attached that the twin can't honour, the model itself is run; :attr:`road` says
+    which, and the log says why.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``. Hooks that are attached to it act.
@@ -28,61 +47,215 @@ class LocalSampler:
         self.model = model
         self.config = config or SamplingConfig()
         self.count = TokenCount()
+        self.road = "not run yet"
 
     def sample(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
-        """Yield the samples batch by batch, prompts of similar length together. See :class:`Sampler`."""
-        adapter = adapt(self.model)
+        """Yield the samples as they finish, those of short prompts first. See :class:`Sampler`."""
+        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, site=None):
+            yield sample
+
+    def sample_and_read(
+        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, site: str = "resid_post"
+    ) -> Iterator[tuple[Sample, Reading | None]]:
+        """Like :meth:`sample`, and with each sample the stream of its own tokens, read while they were drawn.
+
+        What is read is what ``capture`` with ``scope="response"`` reads in a pass of its own under the same plan; the
+        only extra work is one more step for responses that reach the token limit.
+
+        Yields:
+            The sample, and its reading: None for a response without tokens.
+
+        Raises:
+            ModelError: the model has to be run by itself, or the config has stop strings: use ``capture`` then.
+        """
+        yield from self._sample(prompts, n=n, plan=plan, seed=seed, site=site)
+
+    def reads(self) -> bool:
+        """Whether :meth:`sample_and_read` works for the model as it is now."""
+        return not self.config.stop and road(self.model, self._dtype()).twin is not None
+
+    def _dtype(self) -> torch.dtype | None:
+        return None if self.config.dtype is None else getattr(torch, self.config.dtype)
+
+    def _sample(
+        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, site: str | None
+    ) -> Iterator[tuple[Sample, Reading | None]]:
+        adapter, config = adapt(self.model), self.config
         encoded = [adapter.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
-        group = max(1, self.config.batch_rows // n)
-        for start in range(0, len(order), group):
-            batch = order[start : start + group]
-            noise = torch.stack(
-                [uniforms(seed, prompts[i], k, self.config.max_new_tokens) for i in batch for k in range(n)]
-            )
-            with torch.inference_mode(), steering(self.model, plan) if plan.interventions else nullcontext():
-                rows = self._decode(adapter, [encoded[i] for i in batch], n, noise)
-            for row, (tokens, ended) in enumerate(rows):
-                yield Sample(
-                    prompt=batch[row // n], draw=row % n, tokens=tokens, text=adapter.decode(tokens), ended=ended
-                )
+        rows = [
+            Row(i, k, uniforms(seed, prompts[i], k, config.max_new_tokens).tolist()) for i in order for k in range(n)
+        ]
+        if not rows:
+            return
+        with self._attached(plan, None):
+            way = road(self.model, self._dtype())
+        self.road = "twin" if way.twin is not None else f"the model itself, because {way.reason}"
+        if way.twin is None:
+            if site is not None:
+                raise ModelError(f"the stream can't be read while sampling, because {way.reason}; use sims.capture")
+            logger.warning("sampling on the slow road: %s", way.reason)
+            for row in self._slowly(adapter, encoded, rows, plan):
+                yield self._finished(adapter, row), None
+            return
+        if site is not None and config.stop:
+            raise ModelError("the stream can't be read while sampling with stop strings; use sims.capture")
+        job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
+        size = min(len(rows), self._rows(adapter, way))
+        reader = Reader(adapter, site, config.max_new_tokens) if site is not None else None
+        decoder: Decoder | None = None
+        while True:
+            done: list[Row] = []
+            try:
+                with self._attached(plan, reader) as tracker:
+                    way = road(self.model, self._dtype(), twin=way.twin)
+                    if way.twin is None:
+                        raise ModelError(f"the model was changed while it was sampled from: {way.reason}")
+                    if decoder is None:
+                        decoder = Decoder(
+                            way.twin,
+                            job,
+                            size,
+                            self.count,
+                            device=adapter.device,
+                            whole=site is not None,
+                            watched=way.watched,
+                        )
+                    decoder.run(_AT_ONCE, way.points, reader.following(tracker) if reader else Following(tracker))
+            except (MemoryError, RuntimeError) as error:
+                if decoder is None or size == 1 or not _out_of_memory(error):
+                    raise
+                logger.warning("out of memory with %d rows side by side; going on with %d", size, size // 2)
+                done, size = decoder.done, size // 2
+                job = Job(encoded, decoder.unfinished, job.stops, job.cut, config)
+                decoder = None
+                if adapter.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            else:
+                done, decoder.done = decoder.done, []
+                if not done:
+                    return
+            for row in done:
+                yield self._finished(adapter, row), reader.take(row) if reader else None
+
+    def _finished(self, adapter: Adapter, row: Row) -> Sample:
+        tokens = tuple(row.tokens)
+        return Sample(prompt=row.prompt, draw=row.draw, tokens=tokens, text=adapter.decode(tokens), ended=row.ended)
+
+    def _cut(self, adapter: Adapter) -> Any:
+        """What :attr:`Job.cut` is: looks for a stop string in the text so far."""
+        stops = self.config.stop
+
+        def cut(tokens: Sequence[int]) -> int | None:
+            text = adapter.decode(tokens)
+            places = [place for stop in stops if (place := text.find(stop)) >= 0]
+            if not places:
+                return None
+            kept = len(tokens)
+            while kept and len(adapter.decode(tokens[:kept])) > min(places):
+                kept -= 1
+            return kept
+
+        return cut if stops else lambda _tokens: None
+
+    def _rows(self, adapter: Adapter, way: Road) -> int:
+        """Rows side by side: what the config says, and what finds room."""
+        most = self.config.batch_rows or ROWS.get(adapter.device.type, 64)
+        assert way.twin is not None
+        cfg = adapter.cfg
+        heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+        size = torch.empty(0, dtype=way.twin.dtype).element_size()
+        each = 2 * adapter.n_layers * heads * cfg.d_head * self.config.max_new_tokens * size + 16 * cfg.d_vocab
+        return max(1, min(most, int(_MEMORY_SHARE * _free_memory(adapter.device) / each)))
+
+    @contextmanager
+    def _attached(self, plan: SteeringPlan, reader: Reader | None) -> Iterator[Any]:
+        """The model as it is sampled from: in inference mode, steered, and read. Gives the token tracker, if any."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if plan.interventions:
+                stack.enter_context(steering(self.model, plan))
+            if reader is not None:
+                stack.enter_context(reader.listening())
+            yield self.model.__dict__.get(TRACKER)
+
+    # The slow road: the model itself, batch by batch
+
+    def _slowly(
+        self, adapter: Adapter, prompts: Sequence[Sequence[int]], rows: Sequence[Row], plan: SteeringPlan
+    ) -> Iterator[Row]:
+        size = self.config.batch_rows or 2 * ROWS["cpu"]
+        at, stops = 0, frozenset(adapter.stop_ids)
+        while at < len(rows):
+            batch = rows[at : at + size]
+            try:
+                with self._attached(plan, None):
+                    self._decode(adapter, prompts, batch, stops)
+            except (MemoryError, RuntimeError) as error:
+                if size == 1 or not _out_of_memory(error):
+                    raise
+                logger.warning("out of memory with %d rows side by side; going on with %d", size, size // 2)
+                size //= 2
+                for row in batch:
+                    row.tokens, row.ended = [], False
+                continue
+            at += len(batch)
+            yield from batch
 
     def _decode(
-        self, adapter: Adapter, prompts: Sequence[Sequence[int]], n: int, noise: Tensor
-    ) -> list[tuple[tuple[int, ...], bool]]:
-        """Response tokens of each row (prompt-major), and whether it ended itself. Finished rows leave the batch."""
-        config, device = self.config, adapter.device
-        stops = torch.tensor(adapter.stop_ids, device=device)
-        tokens, mask = left_pad(prompts, device)
-        cache = adapter.new_cache(len(prompts))
+        self, adapter: Adapter, prompts: Sequence[Sequence[int]], rows: Sequence[Row], stops: frozenset[int]
+    ) -> None:
+        """Draw a batch of rows to their ends. Prompts are run once; finished rows leave the batch."""
+        config, device, cut = self.config, adapter.device, self._cut(adapter)
+        asked = list(dict.fromkeys(row.prompt for row in rows))
+        tokens, mask = left_pad([prompts[prompt] for prompt in asked], device)
+        cache = adapter.new_cache(len(asked))
         logits = adapter.logits(tokens, mask, keep=1, cache=cache)[:, -1]
         self.count.prefill += int(mask.sum())
-
-        alive = torch.arange(len(prompts) * n, device=device)
-        cache = adapter.select_rows(cache, alive // n)
-        logits, mask, noise = logits[alive // n], mask[alive // n], noise.to(device)
-        drawn: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-        ended = [False] * len(drawn)
+        expanded = torch.tensor([asked.index(row.prompt) for row in rows], device=device)
+        cache, logits, mask = adapter.select_rows(cache, expanded), logits[expanded], mask[expanded]
+        alive = list(rows)
         for step in range(config.max_new_tokens):
+            noise = torch.tensor([row.noise[step] for row in alive], dtype=torch.float64)
             new = choose(
                 logits,
-                noise[alive, step],
+                noise.to(device) if device.type != "mps" else noise.float().to(device),
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
+                min_p=config.min_p,
             )
-            going = ~torch.isin(new, stops)
-            for row, token, goes in zip(alive.tolist(), new.tolist(), going.tolist(), strict=True):
-                if goes:
-                    drawn[row].append(token)
-                else:
-                    ended[row] = True
-            if step == config.max_new_tokens - 1 or not bool(going.any()):
-                break
-            if not bool(going.all()):
-                kept = going.nonzero()[:, 0]
-                cache, mask, alive, new = adapter.select_rows(cache, kept), mask[kept], alive[kept], new[kept]
+            for row, token in zip(alive, new.tolist(), strict=True):
+                if token in stops:
+                    row.ended = True
+                    continue
+                row.tokens.append(token)
+                if (kept := cut(row.tokens)) is not None:
+                    row.ended = True
+                    del row.tokens[kept:]
+            going = [place for place, row in enumerate(alive) if not row.ended]
+            if step == config.max_new_tokens - 1 or not going:
+                return
+            if len(going) < len(alive):
+                kept_rows = torch.tensor(going, device=device)
+                cache, mask, new = adapter.select_rows(cache, kept_rows), mask[kept_rows], new[kept_rows]
+                alive = [alive[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = adapter.logits(new[:, None], mask, keep=1, cache=cache)[:, -1]
-            self.count.decode += len(new)
-        return [(tuple(row), end) for row, end in zip(drawn, ended, strict=True)]
+            self.count.decode += len(alive)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a device."""
+    import psutil
+
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)  # "mps" shares the machine's
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,271 @@
+"""Continuous batching on a twin: each prompt is run once, and a row that is done makes room for the next at once.
+
+A row is one response. Rows of a prompt share its keys and values; each row has a block of its own for what it adds.
+After every step finished rows are handed out and waiting ones take their places, so that the batch stays full until
+nothing waits. What is computed for a row depends on nothing beside it: see :mod:`sims_lens.twin.attention`.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sims_lens.config import SamplingConfig
+from sims_lens.sampling.draw import choose
+from sims_lens.twin import Points, Prefixes, ResponseMemory, Twin, run_prompts
+
+_DRAIN = 0.75
+"""Share of rows that are left when, with nothing waiting, the batch is made smaller."""
+
+
+@dataclass
+class TokenCount:
+    """Tokens that an engine has processed: ``prefill`` of prompts, ``decode`` of responses."""
+
+    prefill: int = 0
+    decode: int = 0
+
+
+@dataclass
+class Row:
+    """A response that is being drawn.
+
+    Args:
+        prompt: index of its prompt.
+        draw: which of the responses to it.
+        noise: a uniform number per token.
+        tokens: so far.
+        ended: the model, or a stop string, has ended it.
+    """
+
+    prompt: int
+    draw: int
+    noise: Sequence[float]
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn.
+
+    Args:
+        prompts: token ids.
+        rows: every row, shortest prompts first.
+        stops: tokens that end a response.
+        cut: of the tokens so far, how many belong to the response, where a stop string has ended it; else None.
+        config: how tokens are chosen.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    rows: Sequence[Row]
+    stops: frozenset[int]
+    cut: Callable[[Sequence[int]], int | None]
+    config: SamplingConfig
+
+
+class Decoder:
+    """Draws the rows of a job; :meth:`run` puts those that are done into :attr:`done`, whence they are taken.
+
+    Args:
+        twin: the model.
+        job: what to draw.
+        size: rows side by side, at most.
+        count: counts the tokens that are run.
+        device: the model's.
+        whole: every token of a response is run, also the last one of a response that reached the limit.
+        watched: run nothing but the rows themselves and prompts of one length, because somebody looks on.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        job: Job,
+        size: int,
+        count: TokenCount,
+        *,
+        device: torch.device,
+        whole: bool = False,
+        watched: bool = False,
+    ) -> None:
+        self.twin, self.job, self.size, self.count = twin, job, size, count
+        self.device, self.whole, self.watched = device, whole, watched
+        self.waiting = deque(job.rows)
+        self.left = [0] * len(job.prompts)
+        for row in job.rows:
+            self.left[row.prompt] += 1
+        self.done: list[Row] = []
+        self.live: list[Row | None] = []
+        self.slots: list[int] = []
+        self.prefixes = Prefixes()
+        self.slot: dict[int, int] = {}
+        self.first: dict[int, Float[Tensor, " d_vocab"]] = {}
+        self.memory: ResponseMemory | None = None
+        self.logits: Tensor | None = None
+
+    @property
+    def unfinished(self) -> list[Row]:
+        """Rows that are not done, from their start: to be drawn again after a mishap."""
+        rows = [row for row in self.live if row is not None] + list(self.waiting)
+        return [Row(row.prompt, row.draw, row.noise) for row in rows]
+
+    def run(self, enough: int, points: Points, watch: "Watch") -> None:
+        """Go on until ``enough`` rows are in :attr:`done`, or all that there are."""
+        while len(self.done) < enough and (self.waiting or any(row is not None for row in self.live)):
+            self._admit(points, watch)
+            if any(row is not None for row in self.live):
+                self._shrink(watch)
+                self._step(points, watch)
+                self._extend(watch)
+
+    def _admit(self, points: Points, watch: "Watch") -> None:
+        """Give free places to waiting rows, and draw their first tokens."""
+        while self.waiting:
+            free = [place for place, row in enumerate(self.live) if row is None]
+            room = len(free) + self.size - len(self.live)
+            rows = [self.waiting[i] for i in range(min(room, len(self.waiting)))]
+            if not rows:
+                return
+            self._prefill(list(dict.fromkeys(row.prompt for row in rows)), points, watch)
+            self._draw(rows, torch.stack([self.first[row.prompt] for row in rows]))
+            for row in rows:  # after the draw: what fails there loses no row
+                self.waiting.popleft()
+                if self._finished(row):
+                    self._leave(row)
+                    continue
+                slot = self.slot[row.prompt]
+                if free:
+                    place = free.pop(0)
+                    self.live[place], self.slots[place] = row, slot
+                else:
+                    self.live.append(row)
+                    self.slots.append(slot)
+            self._assign()
+
+    def _prefill(self, prompts: Sequence[int], points: Points, watch: "Watch") -> None:
+        """Run the prompts that have not been run."""
+        new = [prompt for prompt in prompts if prompt not in self.slot]
+        if not new:
+            return
+        slots, logits = run_prompts(
+            self.twin,
+            [self.job.prompts[prompt] for prompt in new],
+            self.prefixes,
+            device=self.device,
+            points=points,
+            before=watch.prompts,
+            least_rows=1 if self.watched else self.twin.least_rows,
+        )
+        self.count.prefill += sum(len(self.job.prompts[prompt]) for prompt in new)
+        self.slot |= dict(zip(new, slots, strict=True))
+        self.first |= dict(zip(new, logits, strict=True))
+
+    def _assign(self) -> None:
+        if not self.live:
+            return
+        if self.memory is None:
+            self.memory = ResponseMemory(self.prefixes, self.slots, self.job.config.max_new_tokens)
+        else:
+            self.memory.assign(self.slots)
+
+    def _shrink(self, watch: "Watch") -> None:
+        """With nothing waiting, drop the places of finished rows once they are many, or when somebody looks on."""
+        assert self.memory is not None
+        kept = [place for place, row in enumerate(self.live) if row is not None]
+        if self.waiting or len(kept) == len(self.live):
+            return
+        if len(kept) > _DRAIN * len(self.live) and not self.watched:
+            return
+        self.live = [self.live[place] for place in kept]
+        self.memory.select(kept)
+        watch.keeps(kept)
+        used = list(dict.fromkeys(self.memory.slots))
+        if len(used) < len(self.prefixes.lengths):
+            self.prefixes.keep(used)
+            renamed = {old: new for new, old in enumerate(used)}
+            self.slot = {prompt: renamed[slot] for prompt, slot in self.slot.items() if slot in renamed}
+            self.memory.assign([renamed[slot] for slot in self.memory.slots])
+        self.slots = list(self.memory.slots)
+
+    def _step(self, points: Points, watch: "Watch") -> None:
+        """Run the newest token of every place; an empty one repeats what it held, and nobody reads it."""
+        assert self.memory is not None
+        while len(self.live) < self.twin.least_rows and not self.watched:
+            self.live.append(None)
+            self.slots.append(self.slots[0])
+            self.memory.assign(self.slots)
+        at = [0 if row is None else len(row.tokens) - 1 for row in self.live]
+        newest = [0 if row is None else row.tokens[-1] for row in self.live]
+        lengths = [self.prefixes.lengths[slot] for slot in self.slots]
+        self.memory.step(at, 1)
+        watch.steps(at)
+        positions = torch.tensor([length + own for length, own in zip(lengths, at, strict=True)], device=self.device)
+        tokens = torch.tensor(newest, device=self.device)
+        self.logits = self.twin.logits(tokens[:, None], positions[:, None], self.memory, keep=1, points=points)[:, -1]
+        self.count.decode += sum(row is not None for row in self.live)
+
+    def _extend(self, watch: "Watch") -> None:
+        """Draw the next token of every live row; rows that are done leave."""
+        assert self.logits is not None
+        limit = self.job.config.max_new_tokens
+        places = [p for p, row in enumerate(self.live) if row is not None and len(row.tokens) < limit]
+        rows = [row for p in places if (row := self.live[p]) is not None]
+        if rows:
+            same = len(places) == len(self.logits)
+            self._draw(rows, self.logits if same else self.logits[torch.tensor(places, device=self.device)])
+        for place, row in enumerate(self.live):
+            if row is not None and (self._finished(row) or (self.whole and place not in places)):
+                watch.ends(row, place)
+                self.live[place] = None
+                self._leave(row)
+
+    def _draw(self, rows: Sequence[Row], logits: Float[Tensor, "row d_vocab"]) -> None:
+        config = self.job.config
+        noise = torch.tensor([row.noise[len(row.tokens)] for row in rows], dtype=torch.float64, device=self.device)
+        tokens = choose(
+            logits,
+            noise if self.device.type != "mps" else noise.float(),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if token in self.job.stops:
+                row.ended = True
+                continue
+            row.tokens.append(token)
+            kept = self.job.cut(row.tokens)
+            if kept is not None:
+                row.ended = True
+                del row.tokens[kept:]
+
+    def _finished(self, row: Row) -> bool:
+        return row.ended or (len(row.tokens) >= self.job.config.max_new_tokens and not self.whole)
+
+    def _leave(self, row: Row) -> None:
+        """A row is done; with the last one of a prompt the prompt goes."""
+        self.done.append(row)
+        self.left[row.prompt] -= 1
+        if not self.left[row.prompt]:
+            self.prefixes.free(self.slot.pop(row.prompt))
+            del self.first[row.prompt]
+
+
+class Watch:
+    """What is told of every pass before it runs. This one takes no notice."""
+
+    def prompts(self, length: int) -> None:
+        """Prompts of one length are about to be run."""
+
+    def steps(self, at: Sequence[int]) -> None:
+        """The newest token of the row in each place is about to be run, which is number ``at`` of its own."""
+
+    def ends(self, row: Row, place: int) -> None:
+        """The row in a place is done."""
+
+    def keeps(self, places: Sequence[int]) -> None:
+        """Only these places are left; they are renumbered in this order."""

@@ -1,0 +1,329 @@
+"""Causal attention over a KV memory that is laid out for many responses to each of a few prompts.
+
+The keys and values of a prompt are kept once, whatever the number of responses to it: its rows' queries meet them in
+one matrix product. What a row adds itself lies in a block that is allocated beforehand and written in place.
+
+A row's result is the same, bit for bit, whatever stands beside it in the batch (on a CPU, where it is tested). For
+that, widths are multiples of :data:`STEP` columns, matrix products have at least :data:`LEAST` rows, and what is not
+there is masked at the end of a block, where it adds exact zeros.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+STEP = 16
+"""Columns by which blocks grow: one vector register of 16 floats."""
+
+LEAST = 8
+"""Rows of a matrix product, at least: smaller ones take other kernels, which add in another order."""
+
+_SCORES = 1 << 24
+"""Attention scores at a time where there is no fused kernel for them."""
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """What a model asks for attention: it keeps the new keys and values, as it sees fit."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch head pos d_head"],
+        key: Float[Tensor, "batch kv_head pos d_head"],
+        value: Float[Tensor, "batch kv_head pos d_value"],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Float[Tensor, "batch head pos d_value"]:
+        """The new tokens' attention to all tokens so far, themselves included.
+
+        Args:
+            layer: which.
+            query: of the new tokens, after rotation.
+            key: of the new tokens, after rotation.
+            value: of the new tokens.
+            scale: multiplies the scores.
+            window: a token sees itself and the ``window - 1`` before it; all where None.
+            softcap: scores are ``softcap * tanh(scores / softcap)``.
+        """
+        ...
+
+
+def columns(count: int) -> int:
+    """The next multiple of :data:`STEP`.
+
+    >>> columns(17)
+    32
+    """
+    return -(-count // STEP) * STEP
+
+
+class PromptMemory:
+    """For prompts of one length, run from their first token: keeps what the prompts' responses will look back at."""
+
+    def __init__(self) -> None:
+        self.keys: list[Float[Tensor, "prompt kv_head pos d_head"]] = []
+        self.values: list[Float[Tensor, "prompt kv_head pos d_value"]] = []
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch head pos d_head"],
+        key: Float[Tensor, "batch kv_head pos d_head"],
+        value: Float[Tensor, "batch kv_head pos d_value"],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Float[Tensor, "batch head pos d_value"]:
+        """See :class:`Memory`."""
+        assert layer == len(self.keys)
+        self.keys.append(key)
+        self.values.append(value)
+        if softcap is None and (window is None or window >= key.shape[2]):
+            return functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
+        position = torch.arange(length, device=query.device)
+        size = max(1, _SCORES // (batch * heads * length))
+        parts = []
+        for some in torch.split(position, size):
+            grouped = query[:, :, some].reshape(batch, kv_heads, -1, query.shape[-1])
+            scores = ((grouped * scale) @ key.mT).view(batch, kv_heads, -1, len(some), length)
+            seen = causal(some[:, None], position[None], window)
+            weights = _softmax(scores, seen, softcap).view(batch, kv_heads, -1, length)
+            parts.append((weights @ value).view(batch, heads, len(some), -1))
+        return torch.cat(parts, dim=2)
+
+
+class Prefixes:
+    """Keys and values of prompts, each in a slot, of whatever lengths."""
+
+    def __init__(self) -> None:
+        self.keys: list[Float[Tensor, "slot kv_head width d_head"]] = []
+        self.values: list[Float[Tensor, "slot kv_head width d_value"]] = []
+        self.lengths: list[int] = []
+        """Tokens of the prompt in each slot; 0 where it is free."""
+
+    def add(self, memory: PromptMemory) -> list[int]:
+        """Keep prompts; says in which slots."""
+        count, _, length, _ = memory.keys[0].shape
+        slots = [slot for slot, taken in enumerate(self.lengths) if not taken][:count]
+        slots += range(len(self.lengths), len(self.lengths) + count - len(slots))
+        self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
+        for slot in slots:
+            self.lengths[slot] = length
+        width = max(columns(length), self.keys[0].shape[2] if self.keys else 0)
+        for kept, new in ((self.keys, memory.keys), (self.values, memory.values)):
+            for layer, block in enumerate(new):
+                if len(kept) == layer:
+                    kept.append(block.new_zeros(0, block.shape[1], width, block.shape[3]))
+                old = kept[layer]
+                if old.shape[0] < len(self.lengths) or old.shape[2] < width:
+                    kept[layer] = old.new_zeros(len(self.lengths), old.shape[1], width, old.shape[3])
+                    kept[layer][: old.shape[0], :, : old.shape[2]] = old
+                kept[layer][slots, :, :length] = block
+                kept[layer][slots, :, length:] = 0.0
+        return slots
+
+    def free(self, slot: int) -> None:
+        """No row looks back at this slot any more."""
+        self.lengths[slot] = 0
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drop all other slots; the kept ones are renumbered in the order given."""
+        self.lengths = [self.lengths[slot] for slot in slots]
+        for kept in (self.keys, self.values):
+            for layer in range(len(kept)):
+                kept[layer] = kept[layer][list(slots)]
+
+
+class Grouping:
+    """Which rows look back at which slot: turns rows into one grid of queries per slot, and back.
+
+    Args:
+        slots: of each row.
+        count: slots in all.
+        heads_per_kv: query heads for each key head; a slot's grid has at least :data:`LEAST` queries.
+        device: where the rows are.
+    """
+
+    def __init__(self, slots: Sequence[int], count: int, heads_per_kv: int, device: torch.device) -> None:
+        members: list[list[int]] = [[] for _ in range(count)]
+        for row, slot in enumerate(slots):
+            members[slot].append(row)
+        self.depth = max(-(-LEAST // heads_per_kv), *map(len, members))
+        self.count = count
+        grid = [rows + [0] * (self.depth - len(rows)) for rows in members]
+        place = [0] * len(slots)
+        for slot, rows in enumerate(members):
+            for index, row in enumerate(rows):
+                place[row] = slot * self.depth + index
+        flat = [row for rows in grid for row in rows]
+        same = flat == list(range(len(slots)))
+        self._grid = None if same else torch.tensor(flat, device=device)
+        self._place = None if same else torch.tensor(place, device=device)
+
+    def spread(self, rows: Float[Tensor, "row kv_head m d"]) -> Float[Tensor, "slot kv_head depth_m d"]:
+        """Each slot's rows side by side; places without a row hold another row's values, which nobody reads."""
+        _, kv_heads, m, d = rows.shape
+        rows = rows if self._grid is None else rows.index_select(0, self._grid)
+        rows = rows.view(self.count, self.depth, kv_heads, m, d).transpose(1, 2)
+        return rows.reshape(self.count, kv_heads, self.depth * m, d)
+
+    def gather(self, grid: Float[Tensor, "slot kv_head depth_m d"]) -> Float[Tensor, "row kv_head m d"]:
+        """The inverse of :meth:`spread`."""
+        count, kv_heads, _, d = grid.shape
+        rows = grid.view(count, kv_heads, self.depth, -1, d).transpose(1, 2)
+        rows = rows.reshape(count * self.depth, kv_heads, -1, d)
+        return rows if self._place is None else rows.index_select(0, self._place)
+
+
+class ResponseMemory:
+    """For rows that go on from prompts: each row's own tokens come in steps of any width, all rows' at once.
+
+    Args:
+        prefixes: the prompts.
+        slots: the prompt of each row.
+        capacity: own tokens of a row, at most.
+        keep: False where all of a row's own tokens come in one step, so that nothing need be kept of them.
+    """
+
+    def __init__(self, prefixes: Prefixes, slots: Sequence[int], capacity: int, *, keep: bool = True) -> None:
+        self.prefixes = prefixes
+        self.capacity = columns(capacity)
+        self.keep = keep
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._filled: list[int] = []
+        self.assign(slots)
+
+    def assign(self, slots: Sequence[int]) -> None:
+        """Say anew which prompt each row goes on from."""
+        self.slots = list(slots)
+        self._grouping: Grouping | None = None
+
+    def step(self, positions: Sequence[int], width: int) -> None:
+        """The tokens to come are numbers ``positions[row]`` to ``positions[row] + width - 1`` of a row's own.
+
+        To be called before each forward pass.
+        """
+        self._at, self._step = list(positions), width
+        self._rows: Tensor | None = None
+        self._seen: dict[int | None, Tensor] = {}
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows only."""
+        for kept in (self.keys, self.values):
+            for layer in range(len(kept)):
+                kept[layer] = kept[layer][list(rows)]
+        self.assign([self.slots[row] for row in rows])
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "batch head pos d_head"],
+        key: Float[Tensor, "batch kv_head pos d_head"],
+        value: Float[Tensor, "batch kv_head pos d_value"],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Float[Tensor, "batch head pos d_value"]:
+        """See :class:`Memory`."""
+        batch, heads, new, _ = query.shape
+        kv_heads = key.shape[1]
+        if self._grouping is None:
+            count = self.prefixes.keys[0].shape[0]
+            self._grouping = Grouping(self.slots, count, heads // kv_heads, query.device)
+        group = self._grouping
+        own_keys, own_values = self._own(layer, key, value)
+        prefix_keys, prefix_values = self.prefixes.keys[layer], self.prefixes.values[layer]
+        width, own = prefix_keys.shape[2], own_keys.shape[2]
+        rows = (query * scale).reshape(batch, kv_heads, -1, query.shape[-1])
+        scores = rows.new_empty(*rows.shape[:-1], width + own)
+        scores[..., :width] = group.gather(group.spread(rows) @ prefix_keys.mT)
+        scores[..., width:] = rows @ own_keys.mT
+        scores = scores.view(batch, kv_heads, -1, new, width + own)
+        weights = _softmax(scores, self._mask(window, width, own, query.device), softcap).flatten(2, 3)
+        found = weights[..., width:] @ own_values
+        found += group.gather(group.spread(weights[..., :width]) @ prefix_values)
+        return found.view(batch, heads, new, -1)
+
+    def _own(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """A row's own keys and values so far, the new ones among them, up to a multiple of :data:`STEP`."""
+        new = key.shape[2]
+        if not self.keep:
+            pad = (0, 0, 0, columns(new) - new)
+            return functional.pad(key, pad), functional.pad(value, pad)
+        if len(self.keys) == layer:
+            for kept, block in ((self.keys, key), (self.values, value)):
+                kept.append(block.new_empty(block.shape[0], block.shape[1], self.capacity, block.shape[3]))
+            self._filled.append(0)
+        keys, values = self.keys[layer], self.values[layer]
+        if len(keys) < len(key):  # rows have joined
+            keys, values = (_taller(block, len(key)) for block in (keys, values))
+            self.keys[layer], self.values[layer] = keys, values
+        end = columns(max(self._at) + new)
+        if end > self._filled[layer]:  # what is masked must be finite all the same
+            keys[:, :, self._filled[layer] : end] = 0.0
+            values[:, :, self._filled[layer] : end] = 0.0
+            self._filled[layer] = end
+        if len(set(self._at)) == 1:  # rows in step: one block is written, instead of many places
+            keys[:, :, self._at[0] : self._at[0] + new] = key
+            values[:, :, self._at[0] : self._at[0] + new] = value
+            return keys[:, :, :end], values[:, :, :end]
+        if self._rows is None:
+            self._rows = torch.arange(len(key), device=key.device)[:, None]
+            at = torch.tensor(self._at, device=key.device)[:, None]
+            self._columns = at + torch.arange(new, device=key.device)
+        keys[self._rows, :, self._columns] = key.transpose(1, 2)
+        values[self._rows, :, self._columns] = value.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _mask(self, window: int | None, width: int, own: int, device: torch.device) -> Bool[Tensor, "row 1 1 pos all"]:
+        if window not in self._seen:
+            lengths = torch.tensor([self.prefixes.lengths[slot] for slot in self.slots], device=device)[:, None]
+            at = torch.tensor(self._at, device=device)[:, None] + torch.arange(self._step, device=device)
+            prefix = torch.arange(width, device=device).expand(len(lengths), -1)
+            mine = lengths + torch.arange(own, device=device)
+            # a column beyond the prompt's end stands for no token: put it after every query
+            prefix = torch.where(prefix < lengths, prefix, torch.iinfo(torch.long).max)
+            seen = causal((lengths + at)[:, :, None], torch.cat([prefix, mine], dim=1)[:, None], window)
+            self._seen[window] = seen[:, None, None]
+        return self._seen[window]
+
+
+def causal(query: Int[Tensor, "*query"], key: Int[Tensor, "*key"], window: int | None) -> Bool[Tensor, "*both"]:
+    """Whether a token at position ``query`` sees one at position ``key``, by broadcasting.
+
+    >>> causal(torch.tensor([[2]]), torch.arange(4)[None], 2).tolist()
+    [[False, True, True, False]]
+    """
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _softmax(
+    scores: Float[Tensor, "batch kv_head group pos all"], seen: Bool[Tensor, "*all"], softcap: float | None
+) -> Float[Tensor, "batch kv_head group pos all"]:
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def _taller(block: Tensor, rows: int) -> Tensor:
+    grown = block.new_zeros(rows, *block.shape[1:])
+    grown[: len(block)] = block
+    return grown
+
+
+__all__ = ["LEAST", "STEP", "Grouping", "Memory", "PromptMemory", "Prefixes", "ResponseMemory", "causal", "columns"]

@@ -1,0 +1,75 @@
+"""What a twin is: a plain, fast model with a TransformerLens model's weights, which fires that model's HookPoints."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sims_lens.twin.attention import Memory
+from sims_lens.twin.linear import PackedLinear, PlainLinear, packs
+
+Points = Mapping[str, Any]
+"""HookPoints that something is attached to, by their own names: the only ones that a twin need fire."""
+
+
+class Unsupported(Exception):
+    """This model can't have a twin; the message says why."""
+
+
+class Twin(ABC):
+    """A plain model with the weights of a TransformerLens model.
+
+    Args:
+        dtype: of its weights and activations.
+        packed: whether its matrices are packed copies; otherwise they are the model's own.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, packed: bool) -> None:
+        self.dtype, self.packed = dtype, packed
+        self.refused: dict[str, str] = {}
+        """HookPoints of the model that this does not fire as the model does, and why; names as they call themselves."""
+
+    @property
+    @abstractmethod
+    def fires(self) -> frozenset[str]:
+        """Names of the HookPoints that it can fire."""
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that a batch must have for a row's result not to depend on the others."""
+        return 2 if self.packed else 1
+
+    @abstractmethod
+    def logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        positions: Int[Tensor, "batch pos"],
+        memory: Memory,
+        *,
+        keep: int,
+        points: Points,
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """Logits of the last ``keep`` columns; 0 for none of them.
+
+        Args:
+            tokens: new tokens.
+            positions: of each, from 0.
+            memory: keeps keys and values, and attends to them.
+            keep: columns, counted from the right.
+            points: of these HookPoints, those in :attr:`fires` are fired.
+        """
+
+
+def linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, packed: bool) -> nn.Module:
+    """A linear layer on a weight ``[out, in]``: a packed copy, or the weight itself where its dtype is right."""
+    weight = weight.detach().to(dtype)
+    bias = None if bias is None else bias.detach().to(dtype)
+    return PackedLinear(weight, bias) if packed and packs(weight) else PlainLinear(weight, bias)
+
+
+Linear = Callable[[Tensor, Tensor | None], nn.Module]
+
+__all__ = ["Linear", "Points", "Twin", "Unsupported", "linear"]

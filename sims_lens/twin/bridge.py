@@ -1,0 +1,240 @@
+"""The twin of a ``TransformerBridge``: the Hugging Face model that it wraps, without the wrapping.
+
+The same class is built without weights and given the bridge's own; its attention is ours, so that prompts are shared.
+The bridge's HookPoints at the entrance and the exit of a component are fired from the component's counterpart.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sims_lens.twin.attention import Memory
+from sims_lens.twin.base import Points, Twin, Unsupported, linear
+
+_NAME = "sims_lens"
+"""Of our attention among transformers' implementations."""
+
+_WRAPPED = "_original_component."
+
+
+class BridgeTwin(Twin):
+    """See the top of this module.
+
+    Raises:
+        Unsupported: the model can't be built anew, has other weights then, or its attention can't be replaced.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, *, packed: bool) -> None:
+        super().__init__(dtype, packed=packed)
+        original = model.original_model
+        self.module = _plain(original).eval()
+        if dtype != original.dtype:
+            self.module = self.module.to(dtype)
+        _linears(self.module, dtype, packed=packed)
+        self._memory = _register(self.module)
+        self._keeps = _accepts(self.module, "logits_to_keep")
+        self._places = _places(model, self.module)
+
+    @property
+    def fires(self) -> frozenset[str]:
+        """See :attr:`Twin.fires`."""
+        return frozenset(self._places)
+
+    def logits(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        positions: Int[Tensor, "batch pos"],
+        memory: Memory,
+        *,
+        keep: int,
+        points: Points,
+    ) -> Float[Tensor, "batch keep d_vocab"]:
+        """See :meth:`Twin.logits`."""
+        self._memory.append(memory)
+        try:
+            with self._firing(points):
+                if keep == 0:
+                    base = getattr(self.module, self.module.base_model_prefix)
+                    base(input_ids=tokens, position_ids=positions, use_cache=False)
+                    return torch.empty(len(tokens), 0, 0, device=tokens.device)
+                kept = {"logits_to_keep": keep} if self._keeps else {}
+                out = self.module(input_ids=tokens, position_ids=positions, use_cache=False, **kept)
+        finally:
+            self._memory.pop()
+        return out.logits[:, -keep:]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _firing(self, points: Points) -> Iterator[None]:
+        handles = []
+        try:
+            for name, point in points.items():
+                if name not in self._places:
+                    continue
+                module, entrance = self._places[name]
+                if entrance:
+                    handles.append(module.register_forward_pre_hook(_entering(point), with_kwargs=True))
+                else:
+                    handles.append(module.register_forward_hook(_leaving(point)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _plain(original: Any) -> Any:
+    """The model's class on the model's own weights."""
+    config = copy.deepcopy(original.config)
+    try:
+        with torch.device("meta"):
+            made = type(original)._from_config(config, dtype=original.dtype, attn_implementation="eager")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise Unsupported(f"a {type(original).__name__} can't be built from its configuration ({error})") from error
+    weights = {name.replace(_WRAPPED, ""): value for name, value in original.named_parameters(remove_duplicate=False)}
+    buffers = {name.replace(_WRAPPED, ""): value for name, value in original.named_buffers(remove_duplicate=False)}
+    for what, names, given in (
+        ("weight", [name for name, _ in made.named_parameters(remove_duplicate=False)], weights),
+        ("buffer", [name for name, _ in made.named_buffers(remove_duplicate=False)], buffers),
+    ):
+        for name in names:
+            if name not in given:
+                raise Unsupported(f"the wrapped {type(original).__name__} has no {what} {name}")
+            owner, _, last = name.rpartition(".")
+            kept = getattr(made.get_submodule(owner), last)
+            if kept.shape != given[name].shape:
+                raise Unsupported(f"{what} {name} has shape {list(given[name].shape)}, not {list(kept.shape)}")
+            if what == "weight":
+                own = nn.Parameter(given[name].detach(), requires_grad=False)
+                setattr(made.get_submodule(owner), last, own)
+            else:
+                made.get_submodule(owner)._buffers[last] = given[name]
+    return made
+
+
+def _linears(module: nn.Module, dtype: torch.dtype, *, packed: bool) -> None:
+    """Put packed copies in the place of linear layers."""
+    if not packed:
+        return
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, linear(child.weight, child.bias, dtype, packed=True))
+            elif type(child) is Conv1D:
+                weight, bias = child.weight, child.bias
+                assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
+                setattr(parent, name, linear(weight.T, bias, dtype, packed=True))
+
+
+def _register(module: Any) -> list[Memory]:
+    """Make our attention the module's; says where it looks for the memory of the pass at hand: the last one."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: Any = ALL_ATTENTION_FUNCTIONS
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    found.register(_NAME, _attention)
+    masks.register(_NAME, _no_mask)
+    memories: list[Memory] = []
+    attending = [part for part in module.modules() if hasattr(part, "layer_idx")]
+    if not attending:
+        raise Unsupported(f"the attention of a {type(module).__name__} can't be replaced")
+    for part in attending:
+        part.__dict__["_sims_lens_memory"] = memories
+    for part in module.modules():
+        if hasattr(part, "config") and hasattr(part.config, "_attn_implementation"):
+            part.config._attn_implementation = _NAME
+    return memories
+
+
+_IGNORED = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "mask_type")
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the memory knows what is seen
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface."""
+    strange = [name for name, value in others.items() if value is not None and name not in _IGNORED]
+    if strange:
+        raise Unsupported(f"its attention takes {', '.join(strange)}")
+    found = module._sims_lens_memory[-1].attend(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return found.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def _accepts(module: nn.Module, name: str) -> bool:
+    import inspect
+
+    return name in inspect.signature(module.forward).parameters
+
+
+def _places(model: Any, module: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """By HookPoint, the part of the twin at whose entrance (True) or exit it is."""
+    paths = {id(part): name.replace(_WRAPPED, "") for name, part in model.original_model.named_modules()}
+    parts = dict(module.named_modules())
+    found = {}
+    points = set(model.hook_dict)
+    owners = {f"{name}." if name else "": part for name, part in _components(model)}
+    for prefix, component in owners.items():
+        place = parts.get(paths.get(id(component), ""))
+        if place is None or place is module:
+            continue
+        for end, entrance in (("hook_in", True), ("hook_out", False)):
+            if f"{prefix}{end}" in points:
+                found[f"{prefix}{end}"] = (place, entrance)
+    return found
+
+
+def _components(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The bridge's components by the names that their HookPoints have."""
+    named = {id(point): name for name, point in model.hook_dict.items() if name.endswith((".hook_in", ".hook_out"))}
+    for part in model.modules():
+        for end in ("hook_in", "hook_out"):
+            name = named.get(id(getattr(part, end, None)))
+            if name is not None:
+                yield name.removesuffix(f".{end}"), part
+                break
+
+
+def _entering(point: Any) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (point(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": point(kwargs["hidden_states"])}
+
+    return hook
+
+
+def _leaving(point: Any) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (point(output[0]), *output[1:]) if isinstance(output, tuple) else point(output)
+
+    return hook
+
+
+__all__ = ["BridgeTwin"]
