@@ -451,12 +451,17 @@ class _Loop:
             groups.setdefault(n if isinstance(n, int) else n[index], []).append(index)
 
         reading = self.reads(folder, split, n)
+        alongside = isinstance(self.sampler, ReadingSampler) and self.sampler.reads()
         found: dict[tuple[int, int], Reading] = {}
 
         def sampled(texts: Sequence[str], count: int) -> Iterator[tuple[Sample, Reading | None]]:
             if reading and isinstance(self.sampler, ReadingSampler):
                 site = self.config.steering.site
                 yield from self.sampler.sample_and_read(texts, n=count, plan=plan, seed=seed, site=site)
+            elif split != "train" and alongside and isinstance(self.sampler, ReadingSampler):
+                for sample in self.sampler.sample_and_measure(texts, n=count, plan=plan, seed=seed):
+                    wanted = sample.draw < self.config.evaluation.measured
+                    yield sample if wanted else replace(sample, nll=None, kl=None), None
             else:
                 for sample in self.sampler.sample(texts, n=count, plan=plan, seed=seed):
                     yield sample, None
@@ -520,9 +525,9 @@ class _Loop:
                 what=what,
             )
             self.bar.phase(f"{what}: perplexity and KL")
-            first = [s for s in scored if s.draw < self.config.evaluation.measured]
+            first = [s for s in scored if s.draw < self.config.evaluation.measured and s.nll is None]
             with self.spending(folder, "measure") as cost:
-                measured = side_effects(self.model, self.prompts, first, plan)
+                measured = side_effects(self.model, self.prompts, first, plan) if first else []
                 passes = 2 if plan.interventions else 1
                 prompts = {s.prompt for s in first}
                 cost["prefill"] = passes * (

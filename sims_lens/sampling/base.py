@@ -22,7 +22,7 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class ReadingSampler(Sampler, Protocol):
-    """A sampler that can also read the stream of what it draws, so that nothing has to be run twice."""
+    """A sampler that can also measure what it draws, so that nothing has to be run twice."""
 
     def reads(self) -> bool:
         """Whether it can do so now."""
@@ -32,4 +32,8 @@ class ReadingSampler(Sampler, Protocol):
         self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, site: str
     ) -> "Iterator[tuple[Sample, Reading | None]]":
         """Like :meth:`Sampler.sample`, with the stream at a site over each response's tokens, under the plan."""
+        ...
+
+    def sample_and_measure(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
+        """Like :meth:`Sampler.sample`, with ``nll`` and ``kl`` of each sample."""
         ...

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sims_lens.config import SamplingConfig
 from sims_lens.sampling.draw import choose
-from sims_lens.twin import Points, Prefixes, ResponseMemory, Twin, run_prompts
+from sims_lens.twin import Beside, Cut, Points, Prefixes, ResponseMemory, Twin, run_prompts
 
 _DRAIN = 0.75
 """Share of rows that are left when, with nothing waiting, the batch is made smaller."""
@@ -39,6 +39,8 @@ class Row:
         noise: a uniform number per token.
         tokens: so far.
         ended: the model, or a stop string, has ended it.
+        nll: sum over its tokens of the negative log-likelihood under the model without the plan, where measured.
+        kl: sum over its tokens of KL(with the plan || without), where measured.
     """
 
     prompt: int
@@ -46,6 +48,8 @@ class Row:
     noise: Sequence[float]
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    nll: float = 0.0
+    kl: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Decoder:
         size: rows side by side, at most.
         count: counts the tokens that are run.
         device: the model's.
+        measure: sum up each row's ``nll`` and ``kl``.
+        beside: the model without the plan, where there is one and ``measure`` is wanted.
         whole: every token of a response is run, also the last one of a response that reached the limit.
         watched: run nothing but the rows themselves and prompts of one length, because somebody looks on.
     """
@@ -88,11 +94,14 @@ class Decoder:
         count: TokenCount,
         *,
         device: torch.device,
+        measure: bool = False,
+        beside: Beside | None = None,
         whole: bool = False,
         watched: bool = False,
     ) -> None:
         self.twin, self.job, self.size, self.count = twin, job, size, count
         self.device, self.whole, self.watched = device, whole, watched
+        self.measure, self.beside = measure, beside
         self.waiting = deque(job.rows)
         self.left = [0] * len(job.prompts)
         for row in job.rows:
@@ -105,6 +114,7 @@ class Decoder:
         self.first: dict[int, Float[Tensor, " d_vocab"]] = {}
         self.memory: ResponseMemory | None = None
         self.logits: Tensor | None = None
+        self.logits_beside: Tensor | None = None
 
     @property
     def unfinished(self) -> list[Row]:
@@ -130,7 +140,14 @@ class Decoder:
             if not rows:
                 return
             self._prefill(list(dict.fromkeys(row.prompt for row in rows)), points, watch)
-            self._draw(rows, torch.stack([self.first[row.prompt] for row in rows]))
+            logits = torch.stack([self.first[row.prompt] for row in rows])
+            self._draw(
+                rows,
+                logits,
+                logits
+                if self.beside is None
+                else torch.stack([self.beside.logits[self.slot[row.prompt]] for row in rows]),
+            )
             for row in rows:  # after the draw: what fails there loses no row
                 self.waiting.popleft()
                 if self._finished(row):
@@ -158,6 +175,7 @@ class Decoder:
             points=points,
             before=watch.prompts,
             least_rows=1 if self.watched else self.twin.least_rows,
+            beside=self.beside,
         )
         self.count.prefill += sum(len(self.job.prompts[prompt]) for prompt in new)
         self.slot |= dict(zip(new, slots, strict=True))
@@ -181,10 +199,14 @@ class Decoder:
             return
         self.live = [self.live[place] for place in kept]
         self.memory.select(kept)
+        if self.beside is not None and self.beside.memory is not None:
+            self.beside.memory.select(kept)
         watch.keeps(kept)
         used = list(dict.fromkeys(self.memory.slots))
         if len(used) < len(self.prefixes.lengths):
             self.prefixes.keep(used)
+            if self.beside is not None:
+                self.beside.prefixes.keep(used)
             renamed = {old: new for new, old in enumerate(used)}
             self.slot = {prompt: renamed[slot] for prompt, slot in self.slot.items() if slot in renamed}
             self.memory.assign([renamed[slot] for slot in self.memory.slots])
@@ -204,25 +226,33 @@ class Decoder:
         watch.steps(at)
         positions = torch.tensor([length + own for length, own in zip(lengths, at, strict=True)], device=self.device)
         tokens = torch.tensor(newest, device=self.device)
-        self.logits = self.twin.logits(tokens[:, None], positions[:, None], self.memory, keep=1, points=points)[:, -1]
+        tokens, positions = tokens[:, None], positions[:, None]
+        cut = None if self.beside is None else Cut(self.beside.block)
+        self.logits = self.twin.logits(tokens, positions, self.memory, keep=1, points=points, cut=cut)[:, -1]
+        self.logits_beside = self.logits
+        if self.beside is not None and cut is not None:
+            self.logits_beside = self.beside.run_step(self.twin, tokens, positions, points, cut, self.memory)[:, -1]
         self.count.decode += sum(row is not None for row in self.live)
 
     def _extend(self, watch: "Watch") -> None:
         """Draw the next token of every live row; rows that are done leave."""
-        assert self.logits is not None
+        assert self.logits is not None and self.logits_beside is not None
         limit = self.job.config.max_new_tokens
         places = [p for p, row in enumerate(self.live) if row is not None and len(row.tokens) < limit]
         rows = [row for p in places if (row := self.live[p]) is not None]
         if rows:
-            same = len(places) == len(self.logits)
-            self._draw(rows, self.logits if same else self.logits[torch.tensor(places, device=self.device)])
+            of = slice(None) if len(places) == len(self.logits) else torch.tensor(places, device=self.device)
+            self._draw(rows, self.logits[of], self.logits_beside[of])
         for place, row in enumerate(self.live):
             if row is not None and (self._finished(row) or (self.whole and place not in places)):
                 watch.ends(row, place)
                 self.live[place] = None
                 self._leave(row)
 
-    def _draw(self, rows: Sequence[Row], logits: Float[Tensor, "row d_vocab"]) -> None:
+    def _draw(
+        self, rows: Sequence[Row], logits: Float[Tensor, "row d_vocab"], without: Float[Tensor, "row d_vocab"]
+    ) -> None:
+        """Draw a token for each row from the model's logits; ``without`` are those without the plan."""
         config = self.job.config
         noise = torch.tensor([row.noise[len(row.tokens)] for row in rows], dtype=torch.float64, device=self.device)
         tokens = choose(
@@ -233,11 +263,13 @@ class Decoder:
             top_p=config.top_p,
             min_p=config.min_p,
         )
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        nll, kl = _divergence(logits, without, tokens) if self.measure else ([0.0] * len(rows), [0.0] * len(rows))
+        for row, token, row_nll, row_kl in zip(rows, tokens.tolist(), nll, kl, strict=True):
             if token in self.job.stops:
                 row.ended = True
                 continue
             row.tokens.append(token)
+            row.nll, row.kl = row.nll + row_nll, row.kl + row_kl
             kept = self.job.cut(row.tokens)
             if kept is not None:
                 row.ended = True
@@ -251,8 +283,24 @@ class Decoder:
         self.done.append(row)
         self.left[row.prompt] -= 1
         if not self.left[row.prompt]:
-            self.prefixes.free(self.slot.pop(row.prompt))
+            slot = self.slot.pop(row.prompt)
+            self.prefixes.free(slot)
+            if self.beside is not None:
+                self.beside.prefixes.free(slot)
             del self.first[row.prompt]
+
+
+def _divergence(
+    logits: Float[Tensor, "row d_vocab"], without: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]
+) -> tuple[list[float], list[float]]:
+    """Of each token the negative log-likelihood without the plan, and KL(with || without) where it was drawn."""
+    log_q = without.float().log_softmax(-1)
+    nll = -log_q.gather(-1, tokens[:, None])[:, 0]
+    if without is logits:
+        return nll.tolist(), [0.0] * len(nll)
+    log_p = logits.float().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return nll.tolist(), kl.tolist()
 
 
 class Watch:

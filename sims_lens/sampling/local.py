@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sims_lens.sampling.decode import Decoder, Job, Row, TokenCount
 from sims_lens.sampling.draw import choose, uniforms
 from sims_lens.sampling.reading import Following, Reader, Reading
 from sims_lens.scope import TRACKER
-from sims_lens.twin import Road, road
+from sims_lens.twin import Beside, Road, road
 
 logger = logging.getLogger("sims_lens")
 
@@ -51,7 +51,21 @@ class LocalSampler:
 
     def sample(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
         """Yield the samples as they finish, those of short prompts first. See :class:`Sampler`."""
-        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, site=None):
+        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed):
+            yield sample
+
+    def sample_and_measure(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
+        """Like :meth:`sample`, and with each sample its ``nll`` and ``kl``, measured while it was drawn.
+
+        They are what :func:`~sims_lens.evaluate.side_effects` finds in two passes of their own. Here the blocks below
+        the first steered one are run once, and those above it once with the plan and once without.
+
+        Raises:
+            ModelError: :meth:`reads` is False, or a plan is attached to the model.
+        """
+        if self.model.__dict__.get(TRACKER) is not None:
+            raise ModelError("side effects are measured against the unsteered model; detach the plan that is attached")
+        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, measure=True):
             yield sample
 
     def sample_and_read(
@@ -71,14 +85,21 @@ class LocalSampler:
         yield from self._sample(prompts, n=n, plan=plan, seed=seed, site=site)
 
     def reads(self) -> bool:
-        """Whether :meth:`sample_and_read` works for the model as it is now."""
+        """Whether :meth:`sample_and_read` and :meth:`sample_and_measure` work for the model as it is now."""
         return not self.config.stop and road(self.model, self._dtype()).twin is not None
 
     def _dtype(self) -> torch.dtype | None:
         return None if self.config.dtype is None else getattr(torch, self.config.dtype)
 
     def _sample(
-        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, site: str | None
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int,
+        plan: SteeringPlan,
+        seed: int,
+        site: str | None = None,
+        measure: bool = False,
     ) -> Iterator[tuple[Sample, Reading | None]]:
         adapter, config = adapt(self.model), self.config
         encoded = [adapter.encode(prompt) for prompt in prompts]
@@ -92,14 +113,14 @@ class LocalSampler:
             way = road(self.model, self._dtype())
         self.road = "twin" if way.twin is not None else f"the model itself, because {way.reason}"
         if way.twin is None:
-            if site is not None:
-                raise ModelError(f"the stream can't be read while sampling, because {way.reason}; use sims.capture")
+            if site is not None or measure:
+                raise ModelError(f"nothing can be measured while sampling, because {way.reason}; do it afterwards")
             logger.warning("sampling on the slow road: %s", way.reason)
             for row in self._slowly(adapter, encoded, rows, plan):
                 yield self._finished(adapter, row), None
             return
-        if site is not None and config.stop:
-            raise ModelError("the stream can't be read while sampling with stop strings; use sims.capture")
+        if (site is not None or measure) and config.stop:
+            raise ModelError("nothing can be measured while sampling with stop strings; do it afterwards")
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
         size = min(len(rows), self._rows(adapter, way))
         reader = Reader(adapter, site, config.max_new_tokens) if site is not None else None
@@ -119,8 +140,11 @@ class LocalSampler:
                             self.count,
                             device=adapter.device,
                             whole=site is not None,
+                            measure=measure,
+                            beside=self._beside(plan) if measure else None,
                             watched=way.watched,
                         )
+                    decoder.watched = way.watched
                     decoder.run(_AT_ONCE, way.points, reader.following(tracker) if reader else Following(tracker))
             except (MemoryError, RuntimeError) as error:
                 if decoder is None or size == 1 or not _out_of_memory(error):
@@ -136,11 +160,29 @@ class LocalSampler:
                 if not done:
                     return
             for row in done:
-                yield self._finished(adapter, row), reader.take(row) if reader else None
+                yield self._finished(adapter, row, measured=measure), reader.take(row) if reader else None
 
-    def _finished(self, adapter: Adapter, row: Row) -> Sample:
-        tokens = tuple(row.tokens)
-        return Sample(prompt=row.prompt, draw=row.draw, tokens=tokens, text=adapter.decode(tokens), ended=row.ended)
+    def _finished(self, adapter: Adapter, row: Row, *, measured: bool = False) -> Sample:
+        tokens, count = tuple(row.tokens), max(1, len(row.tokens))
+        return Sample(
+            prompt=row.prompt,
+            draw=row.draw,
+            tokens=tokens,
+            text=adapter.decode(tokens),
+            ended=row.ended,
+            nll=row.nll / count if measured else None,
+            kl=row.kl / count if measured else None,
+        )
+
+    def _beside(self, plan: SteeringPlan) -> Beside | None:
+        """The model without the plan; None where there is no plan."""
+        if not plan.interventions:
+            return None
+
+        def unsteered() -> AbstractContextManager[None]:
+            return self.model.__dict__[TRACKER].paused()  # type: ignore[no-any-return]
+
+        return Beside(min(plan.layers), unsteered)
 
     def _cut(self, adapter: Adapter) -> Any:
         """What :attr:`Job.cut` is: looks for a stop string in the text so far."""

@@ -18,13 +18,14 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sims_lens.adapter import adapt
 from sims_lens.scope import TRACKER
 from sims_lens.sites import STEERING
 from sims_lens.twin.attention import Memory, Prefixes, PromptMemory, ResponseMemory
-from sims_lens.twin.base import Points, Twin, Unsupported
-from sims_lens.twin.passes import run_prompts, run_responses
+from sims_lens.twin.base import Cut, Points, Twin, Unsupported
+from sims_lens.twin.passes import Beside, run_prompts, run_responses
 
 logger = logging.getLogger("sims_lens")
 
@@ -68,11 +69,13 @@ def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = No
         dtype: to run in; the model's own where None.
         twin: the model's twin, where it is known and no weight can have changed since; saves reading all weights.
     """
-    points, strange = _attached(model)
+    points, watched, strange = _attached(model)
     if strange:
         return Road(None, {}, strange)
     if model.training:
         return Road(None, {}, "the model is in training mode; call model.eval()")
+    if torch.is_autocast_enabled(adapt(model).device.type):
+        return Road(None, {}, "autocast is on, under which the fast road is not the model")
     found = twin_of(model, dtype) if twin is None else twin
     if isinstance(found, str):
         return Road(None, {}, found)
@@ -81,7 +84,6 @@ def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = No
             return Road(None, {}, f"something is attached to {name}, which the fast road does not pass")
         if name in found.refused:
             return Road(None, {}, f"something is attached to {name}, where the fast road {found.refused[name]}")
-    watched = any(not _ours(hook) for point in points.values() for hook in _hooks(point))
     return Road(found, points, "", watched)
 
 
@@ -96,7 +98,7 @@ def twin_of(model: Any, dtype: torch.dtype | None = None) -> "Twin | str":
     own = next(iter(weights.values())).dtype
     dtype = own if dtype is None else dtype
     kept = _TWINS.setdefault(model, {})
-    mark = _fingerprint(weights)
+    mark = _fingerprint(model, weights)
     if dtype not in kept or kept[dtype][0] != mark:
         kept.pop(dtype, None)  # first, so that there are never two
         kept[dtype] = (mark, _made(model, weights, own, dtype))
@@ -120,6 +122,14 @@ def _made(model: Any, weights: dict[str, Tensor], own: torch.dtype, dtype: torch
             twin = rounded
     except Unsupported as error:
         return str(error)
+    except MemoryError:
+        raise
+    except Exception as error:  # of any architecture, at whatever place it differs: the model itself still runs
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        logger.debug("no fast road", exc_info=True)
+        text = " ".join(str(error).split())[:200]
+        return f"the fast road fails on a {adapt(model).name} ({type(error).__name__}: {text})"
     return fault or twin
 
 
@@ -142,11 +152,44 @@ def _room(weights: dict[str, Tensor], dtype: torch.dtype) -> bool:
     return bool(size <= _PACKED_SHARE * psutil.virtual_memory().available)
 
 
-def _fingerprint(weights: dict[str, Tensor]) -> tuple[Any, ...]:
-    """Changes when a weight is replaced or written to: copies of it would be stale."""
+def _fingerprint(model: Any, weights: dict[str, Tensor]) -> tuple[Any, ...]:
+    """Changes when a weight is replaced or written to, a part is replaced, or a setting: copies would be stale."""
+    parts = tuple(
+        (name, id(part), *(value for value in vars(part).values() if isinstance(value, float)))
+        for name, part in model.named_modules()
+        if STEERING not in f".{name}"
+    )
+    settings = repr(sorted(vars(model.cfg).items(), key=str))
+    # a HookedTransformer's tables of positions grow by themselves, and are read where they are
+    tables = {} if adapt(model).kind == "HookedTransformer" else dict(model.named_buffers())
+    kept = [*weights.items(), *((name, table) for name, table in tables.items() if STEERING not in f".{name}")]
+    marks = tuple((name, *_mark(tensor)) for name, tensor in kept)
+    probes: dict[int, Tensor] = {}
     with torch.no_grad():
-        sums = torch.stack([weight.sum(dtype=torch.float32).cpu() for weight in weights.values()])
-    return (*((w.data_ptr(), w._version, w.dtype, tuple(w.shape)) for w in weights.values()), *sums.tolist())
+        sums = tuple(_checksum(weight, probes) for weight in weights.values())
+    return parts, settings, marks, sums
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    written = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), written, tensor.dtype, tuple(tensor.shape)
+
+
+def _checksum(weight: Tensor, probes: dict[int, Tensor]) -> float:
+    """A sum in which every place has another weight, so that a permutation changes it too."""
+
+    def probe(size: int) -> Tensor:
+        if size not in probes:
+            probes[size] = torch.cos(0.7 * torch.arange(size, dtype=torch.float32) + 0.3)
+        return probes[size]
+
+    in_memory = sorted(range(weight.ndim), key=weight.stride, reverse=True)
+    rows = weight.permute(in_memory).reshape(-1, weight.shape[in_memory[-1]] if in_memory else 1)
+    if weight.dtype.itemsize < 4:
+        sums = rows.sum(-1, dtype=torch.float32)
+    else:
+        sums = rows @ probe(rows.shape[1]).to(rows)
+    return float(sums.cpu().double() @ probe(len(sums)).double())
 
 
 def response_logits(
@@ -250,7 +293,13 @@ def _recorded(points: Points, run: Callable[[], Tensor]) -> tuple[Tensor, dict[s
     finally:
         for handle in handles:
             handle.remove()
-    return result, {name: torch.cat(parts, dim=1) for name, parts in seen.items()}
+    return result, {name: _side_by_side(parts) for name, parts in seen.items()}
+
+
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    """All passes' columns; where the second dimension is not the column, the first pass, which has the wrong shape."""
+    fits = len({(*part.shape[:1], *part.shape[2:]) for part in parts}) == 1 and parts[0].ndim > 1
+    return torch.cat(parts, dim=1) if fits else parts[0]
 
 
 # What is attached to a model
@@ -274,28 +323,38 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 
 def _of_the_bridge(module: nn.Module, hook: Any) -> bool:
-    """Whether a hook is part of how a bridge works: TransformerLens' own, on something that is no HookPoint."""
-    own = str(getattr(hook, "__module__", "")).startswith("transformer_lens.")
+    """Whether a hook is part of how a bridge works, on something that is no HookPoint: one of TransformerLens' own, or
+    one of those with which transformers collects outputs, and which stay when they have been asked for once."""
+    own = str(getattr(hook, "__module__", "")).startswith(("transformer_lens.", "transformers."))
     return own and type(module).__name__ != "HookPoint"
 
 
-def _attached(model: Any) -> tuple[dict[str, Any], str]:
-    """The HookPoints that something is attached to; and what no twin can honour, or ""."""
+def _attached(model: Any) -> tuple[dict[str, Any], bool, str]:
+    """The HookPoints that something is attached to, whether it is somebody else's, and what no twin can honour."""
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        return {}, True, "a hook is attached to all modules of PyTorch"
     tracker = model.__dict__.get(TRACKER)
     points: dict[str, Any] = {}
+    watched = False
     for module in model.modules():
-        hooks = _hooks(module)
+        kind = type(module).__name__
         if module._backward_hooks or module._backward_pre_hooks:
-            return {}, f"a backward hook is attached to a {type(module).__name__}"
-        if not hooks or all(getattr(hook, "__self__", None) is tracker and tracker is not None for hook in hooks):
+            return {}, True, f"a backward hook is attached to a {kind}"
+        if "forward" in module.__dict__:
+            return {}, True, f"the forward method of a {kind} was replaced"
+        if is_parametrized(module):
+            return {}, True, f"a weight of a {kind} is parametrized"
+        if module.training and not model.training and kind != "HookPoint":
+            return {}, True, f"a {kind} is in training mode; call model.eval()"
+        hooks = [hook for hook in _hooks(module) if tracker is None or getattr(hook, "__self__", None) is not tracker]
+        if not hooks or all(_of_the_bridge(module, hook) for hook in hooks):
             continue
-        if all(_of_the_bridge(module, hook) for hook in hooks):
-            continue
-        if type(module).__name__ != "HookPoint":
-            return {}, f"a hook is attached to a {type(module).__name__}, which is no HookPoint"
+        if kind != "HookPoint":
+            return {}, True, f"a hook is attached to a {kind}, which is no HookPoint"
+        watched = watched or not all(_ours(hook) for hook in hooks)
         if STEERING not in str(module.name):  # those of a plan are fired by its own module
             points[str(module.name)] = module
-    return points, ""
+    return points, watched, ""
 
 
 def _hooks(module: Any) -> list[Any]:
@@ -310,6 +369,8 @@ def _ours(hook: Any) -> bool:
 
 
 __all__ = [
+    "Beside",
+    "Cut",
     "Memory",
     "Points",
     "Prefixes",

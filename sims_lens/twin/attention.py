@@ -65,9 +65,14 @@ def columns(count: int) -> int:
 
 
 class PromptMemory:
-    """For prompts of one length, run from their first token: keeps what the prompts' responses will look back at."""
+    """For prompts of one length, run from their first token: keeps what the prompts' responses will look back at.
 
-    def __init__(self) -> None:
+    Args:
+        first: the first layer that is run.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.first = first
         self.keys: list[Float[Tensor, "prompt kv_head pos d_head"]] = []
         self.values: list[Float[Tensor, "prompt kv_head pos d_value"]] = []
 
@@ -83,7 +88,7 @@ class PromptMemory:
         softcap: float | None = None,
     ) -> Float[Tensor, "batch head pos d_value"]:
         """See :class:`Memory`."""
-        assert layer == len(self.keys)
+        assert layer == self.first + len(self.keys)
         self.keys.append(key)
         self.values.append(value)
         if softcap is None and (window is None or window >= key.shape[2]):
@@ -104,9 +109,14 @@ class PromptMemory:
 
 
 class Prefixes:
-    """Keys and values of prompts, each in a slot, of whatever lengths."""
+    """Keys and values of prompts, each in a slot, of whatever lengths.
 
-    def __init__(self) -> None:
+    Args:
+        first: the first layer that is run.
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        self.first = first
         self.keys: list[Float[Tensor, "slot kv_head width d_head"]] = []
         self.values: list[Float[Tensor, "slot kv_head width d_value"]] = []
         self.lengths: list[int] = []
@@ -215,7 +225,7 @@ class ResponseMemory:
 
         To be called before each forward pass.
         """
-        self._at, self._step = list(positions), width
+        self.at, self._step = list(positions), width
         self._rows: Tensor | None = None
         self._seen: dict[int | None, Tensor] = {}
 
@@ -238,6 +248,7 @@ class ResponseMemory:
         softcap: float | None = None,
     ) -> Float[Tensor, "batch head pos d_value"]:
         """See :class:`Memory`."""
+        layer -= self.prefixes.first
         batch, heads, new, _ = query.shape
         kv_heads = key.shape[1]
         if self._grouping is None:
@@ -271,18 +282,18 @@ class ResponseMemory:
         if len(keys) < len(key):  # rows have joined
             keys, values = (_taller(block, len(key)) for block in (keys, values))
             self.keys[layer], self.values[layer] = keys, values
-        end = columns(max(self._at) + new)
+        end = columns(max(self.at) + new)
         if end > self._filled[layer]:  # what is masked must be finite all the same
             keys[:, :, self._filled[layer] : end] = 0.0
             values[:, :, self._filled[layer] : end] = 0.0
             self._filled[layer] = end
-        if len(set(self._at)) == 1:  # rows in step: one block is written, instead of many places
-            keys[:, :, self._at[0] : self._at[0] + new] = key
-            values[:, :, self._at[0] : self._at[0] + new] = value
+        if len(set(self.at)) == 1:  # rows in step: one block is written, instead of many places
+            keys[:, :, self.at[0] : self.at[0] + new] = key
+            values[:, :, self.at[0] : self.at[0] + new] = value
             return keys[:, :, :end], values[:, :, :end]
         if self._rows is None:
             self._rows = torch.arange(len(key), device=key.device)[:, None]
-            at = torch.tensor(self._at, device=key.device)[:, None]
+            at = torch.tensor(self.at, device=key.device)[:, None]
             self._columns = at + torch.arange(new, device=key.device)
         keys[self._rows, :, self._columns] = key.transpose(1, 2)
         values[self._rows, :, self._columns] = value.transpose(1, 2)
@@ -291,7 +302,7 @@ class ResponseMemory:
     def _mask(self, window: int | None, width: int, own: int, device: torch.device) -> Bool[Tensor, "row 1 1 pos all"]:
         if window not in self._seen:
             lengths = torch.tensor([self.prefixes.lengths[slot] for slot in self.slots], device=device)[:, None]
-            at = torch.tensor(self._at, device=device)[:, None] + torch.arange(self._step, device=device)
+            at = torch.tensor(self.at, device=device)[:, None] + torch.arange(self._step, device=device)
             prefix = torch.arange(width, device=device).expand(len(lengths), -1)
             mine = lengths + torch.arange(own, device=device)
             # a column beyond the prompt's end stands for no token: put it after every query

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ from sims_lens.twin.linear import PackedLinear, PlainLinear, packs
 
 Points = Mapping[str, Any]
 """HookPoints that something is attached to, by their own names: the only ones that a twin need fire."""
+
+
+@dataclass
+class Cut:
+    """Where a forward pass is cut in two, so that its lower part can be run once for several upper ones.
+
+    Args:
+        block: the first block of the upper part.
+        stream: what enters it. None: the whole pass is run, and it is put down here; otherwise only the upper part is
+            run, on it.
+    """
+
+    block: int
+    stream: Float[Tensor, "batch pos d_model"] | None = None
 
 
 class Unsupported(Exception):
@@ -51,6 +66,7 @@ class Twin(ABC):
         *,
         keep: int,
         points: Points,
+        cut: Cut | None = None,
     ) -> Float[Tensor, "batch keep d_vocab"]:
         """Logits of the last ``keep`` columns; 0 for none of them.
 
@@ -60,6 +76,7 @@ class Twin(ABC):
             memory: keeps keys and values, and attends to them.
             keep: columns, counted from the right.
             points: of these HookPoints, those in :attr:`fires` are fired.
+            cut: see :class:`Cut`.
         """
 
 
@@ -72,4 +89,4 @@ def linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, packed: b
 
 Linear = Callable[[Tensor, Tensor | None], nn.Module]
 
-__all__ = ["Linear", "Points", "Twin", "Unsupported", "linear"]
+__all__ = ["Cut", "Linear", "Points", "Twin", "Unsupported", "linear"]

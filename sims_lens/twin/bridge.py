@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sims_lens.twin.attention import Memory
-from sims_lens.twin.base import Points, Twin, Unsupported, linear
+from sims_lens.twin.base import Cut, Points, Twin, Unsupported, linear
 
 _NAME = "sims_lens"
 """Of our attention among transformers' implementations."""
@@ -53,11 +53,12 @@ class BridgeTwin(Twin):
         *,
         keep: int,
         points: Points,
+        cut: Cut | None = None,
     ) -> Float[Tensor, "batch keep d_vocab"]:
         """See :meth:`Twin.logits`."""
         self._memory.append(memory)
         try:
-            with self._firing(points):
+            with self._cutting(cut), self._firing(points):
                 if keep == 0:
                     base = getattr(self.module, self.module.base_model_prefix)
                     base(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -67,6 +68,29 @@ class BridgeTwin(Twin):
         finally:
             self._memory.pop()
         return out.logits[:, -keep:]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _cutting(self, cut: Cut | None) -> Iterator[None]:
+        if cut is None:
+            yield
+            return
+        blocks = [self._places[f"blocks.{index}.hook_in"][0] for index in range(cut.block + 1)]
+        given = cut.stream
+
+        def enter(stream: Tensor) -> Tensor:
+            if given is None:
+                cut.stream = stream
+            return stream if given is None else given
+
+        handle = blocks[-1].register_forward_pre_hook(_entering(enter), with_kwargs=True)
+        try:
+            for block in blocks[:-1] if given is not None else ():
+                block.__dict__["forward"] = lambda hidden_states, *_args, **_kwargs: hidden_states
+            yield
+        finally:
+            handle.remove()
+            for block in blocks[:-1]:
+                block.__dict__.pop("forward", None)
 
     @contextmanager
     def _firing(self, points: Points) -> Iterator[None]:
@@ -144,6 +168,8 @@ def _register(module: Any) -> list[Memory]:
     attending = [part for part in module.modules() if hasattr(part, "layer_idx")]
     if not attending:
         raise Unsupported(f"the attention of a {type(module).__name__} can't be replaced")
+    if any(getattr(part, "rope_type", "") == "dynamic" for part in module.modules()):
+        raise Unsupported("its rotation depends on the longest row of a batch")
     for part in attending:
         part.__dict__["_sims_lens_memory"] = memories
     for part in module.modules():

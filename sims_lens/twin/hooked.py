@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sims_lens.twin.attention import Memory
-from sims_lens.twin.base import Points, Twin, Unsupported, linear
+from sims_lens.twin.base import Cut, Points, Twin, Unsupported, linear
 
 _PLAIN = {
     "positional_embedding_type": ("standard", "rotary"),
@@ -103,13 +103,20 @@ class HookedTwin(Twin):
         *,
         keep: int,
         points: Points,
+        cut: Cut | None = None,
     ) -> Float[Tensor, "batch keep d_vocab"]:
         """See :meth:`Twin.logits`."""
-        stream = _at(points, "hook_embed", self.embedding[tokens])
-        if self.positions is not None:
-            stream = stream + _at(points, "hook_pos_embed", self.positions[positions])
+        blocks = self.blocks
+        if cut is not None and cut.stream is not None:
+            stream, blocks = cut.stream, blocks[cut.block :]
+        else:
+            stream = _at(points, "hook_embed", self.embedding[tokens])
+            if self.positions is not None:
+                stream = stream + _at(points, "hook_pos_embed", self.positions[positions])
         turns: dict[str, tuple[Tensor, Tensor]] = {}
-        for block in self.blocks:
+        for block in blocks:
+            if cut is not None and cut.block == block.index:
+                cut.stream = stream
             stream = block(stream, positions, memory, points, turns)
         if keep == 0:
             return stream.new_empty(len(stream), 0, 0)
@@ -140,7 +147,7 @@ class _Block:
         else:
             self.into = _Joined([(mlp.W_in.T, mlp.b_in)], dtype, packed=packed)
             self.inner_bias = None
-        self.activation = mlp.act_fn
+        self.plain_mlp = mlp
         self.back = linear(mlp.W_out.T, mlp.b_out, dtype, packed=packed)
         self.norms = {
             name: _Norm(getattr(block, name), dtype)
@@ -198,7 +205,7 @@ class _Block:
 
     def mlp(self, values: Tensor, points: Points) -> Tensor:
         parts = self.into(values)
-        hidden = self.activation(_at(points, self.name["mlp.hook_pre"], parts[0]))
+        hidden = self.plain_mlp.act_fn(_at(points, self.name["mlp.hook_pre"], parts[0]))
         if len(parts) > 1:
             hidden = hidden * _at(points, self.name["mlp.hook_pre_linear"], parts[1])
             if self.inner_bias is not None:
@@ -209,7 +216,8 @@ class _Block:
         """Cosines and sines of the rotation at positions, from the model's own table."""
         furthest = int(positions.max()) + 1
         if furthest > len(self.attn.rotary_cos):
-            self.attn._extend_rotary_embeddings(min(self.cfg.n_ctx, max(furthest, 2 * len(self.attn.rotary_cos))))
+            with torch.inference_mode(False):  # the table stays with the model, which may be trained
+                self.attn._extend_rotary_embeddings(min(self.cfg.n_ctx, max(furthest, 2 * len(self.attn.rotary_cos))))
         tables = (self.attn.rotary_cos, self.attn.rotary_sin)
         cos, sin = (table[positions].to(self.dtype)[:, :, None] for table in tables)
         return cos, sin
@@ -249,7 +257,7 @@ class _Norm:
         kind = type(norm).__name__
         if kind not in ("LayerNorm", "LayerNormPre", "RMSNorm", "RMSNormPre"):
             raise Unsupported(f"the model has a norm of the kind {kind}")
-        self.centred, self.eps, self.dtype = kind.startswith("Layer"), norm.eps, dtype
+        self.centred, self.norm, self.dtype = kind.startswith("Layer"), norm, dtype
         weight, bias = getattr(norm, "w", None), getattr(norm, "b", None)
         self.weight = None if weight is None else weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
@@ -258,9 +266,9 @@ class _Norm:
         size = values.shape[-1:]
         wide = values if values.dtype == torch.float64 else values.float()
         if self.centred:
-            normed = functional.layer_norm(wide, size, None, None, self.eps)
+            normed = functional.layer_norm(wide, size, None, None, self.norm.eps)
         else:
-            normed = functional.rms_norm(wide, size, None, self.eps)
+            normed = functional.rms_norm(wide, size, None, self.norm.eps)
         normed = normed.to(self.dtype)
         if self.weight is not None:
             normed = normed * self.weight
