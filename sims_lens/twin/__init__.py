@@ -36,8 +36,8 @@ _LOGPROB = {torch.float32: 2e-3, torch.float64: 1e-6}
 """Nats by which a log-probability may differ."""
 
 _HALF_KL = 0.1
-"""Nats by which next-token distributions may differ in half precision, where log-probabilities of improbable tokens differ
-by more from batch to batch (of the embedded model by up to 5 nats, and its distributions by 0.015)."""
+"""Nats by which next-token distributions may differ in half precision. Log-probabilities of improbable tokens differ by
+more from batch to batch: those of the embedded model by up to 5 nats, where its distributions differ by 0.015."""
 
 _STREAM = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Share of a stream's norm by which it may differ."""
