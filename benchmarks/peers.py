@@ -1,85 +1,68 @@
 """Do our vectors agree with those of steering-vectors and repeng, on the same model and the same contrast pairs?
 
-The peers can't share our environment (their pins), so they run in one of their own, made on first use in
-``.venv-peers``; vectors come back as safetensors. Prints the cosine per
-layer, and the smallest. ``python benchmarks/peers.py --help``.
+The peers can't share our environment (their pins), so each runs in one of its own (``environments.py``); vectors come
+back as safetensors. Prints the cosine per layer, and the smallest. ``python benchmarks/peers.py --help``.
 """
 
 import argparse
+import itertools
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-PEERS = ("steering-vectors==0.12.2", "repeng==0.4.0")
+from environments import environment
+
 PERSONAS = ("an extremely cheerful and optimistic", "an extremely gloomy and pessimistic")
+ROLES = (
+    *("person", "teacher", "doctor", "pirate", "poet", "farmer", "lawyer", "student", "chef", "pilot", "gardener"),
+    *("singer", "judge", "nurse", "painter", "sailor", "scientist", "baker", "detective", "librarian", "plumber"),
+)
 
 
 def contrast_texts(tokenizer, count: int) -> list[tuple[str, str]]:
-    """Whole texts in the chat template: a persona, a request, and the first words of a response."""
+    """Whole texts in the chat template: a persona, a request, and the first words of a response.
+
+    Where there are more of them than prompts, the prompts come again with another role.
+    """
     from sims_lens.prompts import everyday
 
-    def text(persona: str, prompt: str) -> str:
-        turns = [{"role": "user", "content": f"Act as {persona} person. {prompt}"}]
+    def text(persona: str, role: str, prompt: str) -> str:
+        turns = [{"role": "user", "content": f"Act as {persona} {role}. {prompt}"}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + "I think that"
 
-    return [(text(PERSONAS[0], p), text(PERSONAS[1], p)) for p in everyday(count)]
+    asked = itertools.islice(itertools.product(ROLES, everyday(min(count, 200))), count)
+    pairs = [(text(PERSONAS[0], role, prompt), text(PERSONAS[1], role, prompt)) for role, prompt in asked]
+    assert len(pairs) == count, f"{count} pairs are more than there are roles and prompts"
+    return pairs
 
 
-def worker(folder: Path) -> None:
-    """Runs in the peers' environment: reads model and texts, writes both peers' vectors."""
+def worker(peer: str, folder: Path) -> None:
+    """Runs in a peer's environment: reads model and texts, writes its vectors."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    np.float_ = np.float64  # repeng names a type that numpy 2 dropped
-    from repeng import ControlVector, DatasetEntry
-    from steering_vectors import train_steering_vector
-
     job = json.loads((folder / "job.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    pairs = [tuple(pair) for pair in job["pairs"]]
+    if peer == "steering-vectors":
+        from steering_vectors import train_steering_vector
 
-    def load():
-        return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+        pairs = [tuple(pair) for pair in job["pairs"]]
+        trained = train_steering_vector(model, tokenizer, pairs, read_token_index=-1, batch_size=8)
+        tensors = {str(k): v.float().contiguous() for k, v in trained.layer_activations.items()}
+    else:
+        np.float_ = np.float64  # repeng names a type that numpy 2 dropped
+        from repeng import ControlVector, DatasetEntry
 
-    theirs = train_steering_vector(load(), tokenizer, pairs, read_token_index=-1, batch_size=8)
-    tensors = {f"steering-vectors.{k}": v.float().contiguous() for k, v in theirs.layer_activations.items()}
-    entries = [DatasetEntry(positive=p, negative=n) for p, n in pairs]
-    layers = list(range(job["n_layers"]))
-    control = ControlVector.train(load(), tokenizer, entries, hidden_layers=layers, method="pca_diff", batch_size=8)
-    tensors |= {f"repeng.{k}": torch.tensor(v).contiguous() for k, v in control.directions.items()}
-    save_file(tensors, folder / "vectors.safetensors")
-
-
-def environment() -> Path:
-    """The peers' environment: torch as here, the peers without their pins."""
-    home = Path(".venv-peers")
-    python = home / "bin" / "python"
-    if not (home / ".ready").exists():
-        from importlib.metadata import version
-
-        uv = Path(sys.executable).with_name("uv")
-        shared = [
-            f"{name}=={version(name)}" for name in ("torch", "transformers", "numpy", "scikit-learn", "safetensors")
-        ]
-        links = (
-            os.environ.get("UV_FIND_LINKS")
-            or subprocess.run(
-                [sys.executable, "-m", "pip", "config", "get", "global.find-links"], capture_output=True, text=True
-            ).stdout.strip()
-        )
-        install = [uv, "pip", "install", "--quiet", "--python", python]
-        found = {**os.environ, **({"UV_FIND_LINKS": links} if links else {})}
-        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, home], check=True)
-        subprocess.run([*install, *shared, "accelerate", "tqdm", "gguf"], check=True, env=found)
-        subprocess.run([*install, "--no-deps", *PEERS], check=True, env=found)
-        (home / ".ready").touch()
-    return python
+        entries = [DatasetEntry(positive=p, negative=n) for p, n in job["pairs"]]
+        layers = list(range(job["n_layers"]))
+        control = ControlVector.train(model, tokenizer, entries, hidden_layers=layers, method="pca_diff", batch_size=8)
+        tensors = {str(k): torch.tensor(v).contiguous() for k, v in control.directions.items()}
+    save_file(tensors, folder / f"{peer}.safetensors")
 
 
 def ours(tokenizer, pairs: list[tuple[str, str]]):
@@ -107,10 +90,10 @@ def ours(tokenizer, pairs: list[tuple[str, str]]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=48)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        worker(given.worker)
+        worker(given.worker[0], Path(given.worker[1]))
         return
     from safetensors.torch import load_file
     from torch.nn.functional import cosine_similarity
@@ -126,10 +109,11 @@ def main() -> None:
         folder = Path(temporary)
         job = {"model": model, "pairs": pairs, "n_layers": len(mine["repeng"])}
         (folder / "job.json").write_text(json.dumps(job))
-        subprocess.run([environment().absolute(), __file__, "--worker", folder], check=True)
-        theirs = load_file(folder / "vectors.safetensors")
+        for peer in mine:
+            subprocess.run([environment(peer), __file__, "--worker", peer, folder], check=True)
+        theirs = {peer: load_file(folder / f"{peer}.safetensors") for peer in mine}
     for peer, directions in mine.items():
-        cosines = [float(cosine_similarity(theirs[f"{peer}.{k}"], d, dim=0)) for k, d in enumerate(directions)]
+        cosines = [float(cosine_similarity(theirs[peer][str(k)], d, dim=0)) for k, d in enumerate(directions)]
         print(f"{peer}: smallest cosine {min(cosines):.7f} over {len(cosines)} layers, last layer {cosines[-1]:.7f}")
         print("  " + " ".join(f"{c:.5f}" for c in cosines))
 

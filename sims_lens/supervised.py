@@ -17,12 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sims_lens.activations import Row, capture, capture_tokens
+from sims_lens.activations import Row, capture, capture_moments, capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.errors import FitError, PlanError
-from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality
-from sims_lens.estimators.quality import LEAST_PAIRS, held_out
+from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality, unit
+from sims_lens.estimators.base import check_means
+from sims_lens.estimators.quality import LEAST_PAIRS, divided, held_out, judged, unknown_quality
+from sims_lens.moments import PairMoments
 from sims_lens.plan import Intervention, Provenance, SteeringPlan
+from sims_lens.progress import Progress
 from sims_lens.prompts import quote
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_layer
@@ -37,6 +40,12 @@ Text: TypeAlias = str | Sequence[int]
 STRENGTH = 0.2
 """Norm of an addition in units of the median residual norm, where no coefficient is given: that of the loop."""
 
+JUDGED_PAIRS = 256
+"""Pairs of a streamed fit whose activations are kept, to be judged on directions that are fitted without them."""
+
+_SHORT = 64
+"""Texts that need no progress bar."""
+
 _KEYS = ("prompt", "positive", "negative")
 
 
@@ -50,6 +59,7 @@ def fit(
     scope: TokenScope | str | None = None,
     seed: int = 0,
     batch_rows: int = 32,
+    progress: bool = True,
 ) -> "SteeringFit":
     """Fit a steering transform at every layer to contrast pairs.
 
@@ -65,7 +75,8 @@ def fit(
         site: where in the block.
         scope: the tokens that are averaged. By default the response, or of two whole texts the last token.
         seed: of the estimator's splits.
-        batch_rows: sequences in one forward pass.
+        batch_rows: sequences in one forward pass, at most, of an estimator that needs every activation.
+        progress: show a bar where there are more than a few texts.
 
     Returns:
         What was fitted, with its quality per layer; ``.plan(...)`` makes a plan of it.
@@ -74,6 +85,10 @@ def fit(
         FitError: there are fewer than two pairs, a pair has another shape or an empty text, or both halves are the
             same everywhere.
         PlanError: the site, the scope or a layer is not one of the model's.
+
+    The mean difference is fitted as the texts go by, in memory that doesn't grow with the number of pairs. Of more than
+    256 pairs, its accuracy, AUC and effect size are then those of so many drawn at random, on directions fitted to all
+    pairs of the other folds. Other estimators need every pair's averages, 8 bytes * pairs * layers * d_model.
 
     Reference: Rimsky et al. 2024, "Steering Llama 2 via contrastive activation addition" (arXiv 2312.06681). They
         read the answer's last token; we average over the answer, unless told otherwise.
@@ -91,6 +106,7 @@ def fit(
         scope=chosen,
         seed=seed,
         batch_rows=batch_rows,
+        progress=progress,
     )
 
 
@@ -105,10 +121,11 @@ def fit_rows(
     scope: TokenScope | str = "response",
     seed: int = 0,
     batch_rows: int = 32,
+    progress: bool = True,
 ) -> "SteeringFit":
     """:func:`fit` for pairs that are token ids already: (prompt, response) of each positive and each negative."""
     estimator = MeanDifference() if estimator is None else estimator
-    adapter = adapt(model)
+    adapter, scope = adapt(model), TokenScope.of(scope)
     for layer in layers or ():
         check_layer(layer, adapter.n_layers, adapter.name)
     chosen = tuple(range(adapter.n_layers) if layers is None else dict.fromkeys(layers))
@@ -116,28 +133,135 @@ def fit_rows(
         raise FitError(f"{len(positive)} positive and {len(negative)} negative texts: give two pairs or more")
     if not chosen:
         raise FitError("layers is empty; name at least one, or leave it out for all of them")
-    read = capture(model, [*positive, *negative], site=site, scope=scope, batch_rows=batch_rows)
-    means = read.means[:, list(chosen)]
-    best, worst = means[: len(positive)], means[len(positive) :]
-    if estimator.reads == "tokens":
-        rows = [*positive, *negative]
-        tokens = capture_tokens(model, rows, layers=chosen, site=site, scope=scope, batch_rows=batch_rows)
-        fitted, quality = _fit_tokens(estimator, tokens[: len(positive)], tokens[len(positive) :], best, worst, seed)
-    else:
-        fitted, quality = fit_layers(estimator, best, worst), fit_quality(estimator, best, worst, seed=seed)
+    rows = [*positive, *negative]
+    passes = 2 if estimator.reads == "tokens" else 1
+    with Progress(passes * len(rows), show=progress and len(rows) > _SHORT) as bar:
+        bar.phase("reading contrast pairs")
+        if type(estimator) is MeanDifference:
+            found = _streamed(model, positive, negative, chosen, site, scope, seed, bar)
+        else:
+            found = _in_memory(model, rows, estimator, chosen, site, scope, seed, batch_rows, bar)
     return SteeringFit(
         estimator=estimator.name,
         layers=chosen,
-        transforms=tuple(fitted),
-        quality=quality,
-        positive_projection=_projections(fitted, best),
-        negative_projection=_projections(fitted, worst),
-        residual_norm=read.median_norm[list(chosen)],
+        transforms=found.transforms,
+        quality=found.quality,
+        positive_projection=found.positive_projection,
+        negative_projection=found.negative_projection,
+        residual_norm=found.residual_norm,
         site=site,
-        read=TokenScope.of(scope),
+        read=scope,
         pairs=len(positive),
         provenance=replace(adapter.provenance, source=f"fit, {estimator.name}, {len(positive)} pairs"),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What a fit finds, see :class:`SteeringFit`."""
+
+    transforms: tuple[Transform, ...]
+    quality: FitQuality
+    positive_projection: Float[Tensor, " layer"]
+    negative_projection: Float[Tensor, " layer"]
+    residual_norm: Float[Tensor, " layer"]
+
+
+def _in_memory(
+    model: Any,
+    rows: Sequence[Row],
+    estimator: Estimator,
+    layers: Sequence[int],
+    site: str,
+    scope: TokenScope,
+    seed: int,
+    batch_rows: int,
+    bar: Progress,
+) -> _Found:
+    """A fit that needs every activation: of all positive rows, then all negative ones."""
+    pairs = len(rows) // 2
+    read = capture(model, rows, site=site, scope=scope, batch_rows=batch_rows, advance=bar.advance)
+    means = read.means[:, list(layers)]
+    best, worst = means[:pairs], means[pairs:]
+    if estimator.reads == "tokens":
+        tokens = capture_tokens(
+            model, rows, layers=layers, site=site, scope=scope, batch_rows=batch_rows, advance=bar.advance
+        )
+        fitted, quality = _fit_tokens(estimator, tokens[:pairs], tokens[pairs:], best, worst, seed)
+    else:
+        fitted, quality = fit_layers(estimator, best, worst), fit_quality(estimator, best, worst, seed=seed)
+    return _Found(
+        tuple(fitted),
+        quality,
+        _projections(fitted, best),
+        _projections(fitted, worst),
+        read.median_norm[list(layers)],
+    )
+
+
+def _streamed(
+    model: Any,
+    positive: Sequence[Row],
+    negative: Sequence[Row],
+    layers: Sequence[int],
+    site: str,
+    scope: TokenScope,
+    seed: int,
+    bar: Progress,
+) -> _Found:
+    """A fit of the mean difference, in memory that doesn't grow with the number of pairs.
+
+    The directions of folds and halves come of sums over the pairs' differences. What must be projected on them is kept
+    of some pairs only, as many of each fold.
+    """
+    pairs = len(positive)
+    parts, halves = divided(pairs, seed=seed) if pairs >= LEAST_PAIRS else ([], [])
+    judged_parts = [held[: max(2, JUDGED_PAIRS // len(parts))] if pairs > JUDGED_PAIRS else held for held in parts]
+    groups = [*parts, *(first for first, _ in halves)]
+    weights = torch.zeros(len(groups), pairs)
+    for row, group in zip(weights, groups, strict=True):
+        row[group] = 1.0
+    read = capture_moments(
+        model,
+        positive,
+        negative,
+        sites=(site,),
+        layers=layers,
+        scope=scope,
+        weights=weights,
+        keep=torch.cat(judged_parts).tolist() if parts else (),
+        advance=bar.advance,
+    )[site]
+    moments = read.moments
+    check_means(moments.positive.mean, moments.negative.mean)
+    fitted = tuple(Addition(vector) for vector in moments.difference.mean.float())
+    quality = unknown_quality(MeanDifference.name, pairs, [float(t.vector.norm()) for t in fitted])
+    if parts:
+        quality = _streamed_quality(moments, judged_parts, read.kept_positive, read.kept_negative, quality.length)
+    directions = torch.stack([t.direction for t in fitted]).double()
+    up, down = ((m.mean * directions).sum(-1).float() for m in (moments.positive, moments.negative))
+    return _Found(fitted, quality, up, down, read.median_norm)
+
+
+def _streamed_quality(
+    moments: PairMoments,
+    judged_parts: Sequence[Int[Tensor, " _held"]],
+    positive: Float[Tensor, "judged layer d_model"],
+    negative: Float[Tensor, "judged layer d_model"],
+    length: Sequence[float],
+) -> FitQuality:
+    """As :func:`~sims_lens.estimators.fit_quality`; the sums are of folds, and then of a half of each halving."""
+    pairs, folds = moments.difference.count, len(judged_parts)
+    total = moments.difference.mean * pairs
+    inside, outside = unit(moments.sums.float()), unit((total - moments.sums).float())
+    projections, start = [], 0
+    for fold, held in enumerate(judged_parts):
+        here = slice(start, start + len(held))
+        start += len(held)
+        up, down = (torch.einsum("pld,ld->lp", rows[here], outside[fold]).double() for rows in (positive, negative))
+        projections.append((up, down))
+    cosines = (inside[folds:] * outside[folds:]).sum(-1).mean(0)
+    return judged(MeanDifference.name, pairs, projections, cosines.tolist(), length)
 
 
 def aligned(
@@ -164,6 +288,7 @@ class SteeringFit:
             :class:`~sims_lens.transforms.Clamp` can be set to.
         negative_projection: the same of the negative ones.
         residual_norm: median norm of the stream at the tokens that were read, first position left out, per layer.
+            Of more than 65,536 tokens, where pairs are streamed, that of so many drawn at random.
         site: where the stream was read.
         read: the tokens that were read.
         pairs: how many.
@@ -282,6 +407,8 @@ class SteeringFit:
 
     def _head(self) -> str:
         known = f"; best layer {self.best()[0]}" if self.pairs >= LEAST_PAIRS else ""
+        if 0 < self.quality.judged < self.pairs:
+            known += f" by {self.quality.judged} pairs drawn at random"
         return (
             f"SteeringFit by {self.estimator} to {self.pairs} contrast pairs of {self.provenance.model}, {self.site} "
             f"read on {self.read.name}{known}"

@@ -20,8 +20,8 @@ from sims_lens.rankers import as_ranker, self_judge
 from sims_lens.rankers.self_judge import BoundJudge, SelfJudge
 from sims_lens.rankers.tournament import averaged_over_orders, bradley_terry, mean_win_rate, schedule
 from sims_lens.sampling import TokenCount
-from sims_lens.twin import Twin, twin_of
 from sims_lens.sampling.draw import uniforms
+from sims_lens.twin import Twin, twin_of
 
 PROMPTS = ["Hi", "Tell me of rain.", "What falls from the sky in autumn?"]
 RESPONSES = [

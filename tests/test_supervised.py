@@ -10,10 +10,11 @@ from common import random_rows
 from torch import Tensor
 
 import sims_lens as sims
+from sims_lens import supervised
 from sims_lens.activations import capture, capture_tokens
 from sims_lens.adapter import adapt
 from sims_lens.errors import FitError, PlanError, PromptError
-from sims_lens.estimators import HouseholderRotation
+from sims_lens.estimators import HouseholderRotation, MeanDifference, fit_layers, fit_quality, split_half_cosine
 from sims_lens.plan import NOTHING
 from sims_lens.supervised import aligned, fit_rows
 from sims_lens.transforms import HPR, Addition, Transform
@@ -49,6 +50,97 @@ def test_it_is_the_mean_difference_of_the_responses(llama: Any) -> None:
         norms = torch.cat([torch.stack(means[k::2]) @ transform.direction for k in (0, 1)]).reshape(2, -1).mean(1)
         torch.testing.assert_close(found.positive_projection[layer], norms[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found.negative_projection[layer], norms[1], atol=1e-4, rtol=1e-4)
+
+
+def many(count: int) -> tuple[list[Any], list[Any]]:
+    """Pairs that share prompts, whose positive and negative responses are of different tokens."""
+    rows = random_rows([(12 + k % 7, 1 + k % 5) for k in range(2 * count)])
+    prompts = [prompt for prompt, _ in rows[: count // 3]]
+    up = [(prompts[k % len(prompts)], [40 + token % 9 for token in rows[k][1]]) for k in range(count)]
+    down = [(prompts[k % len(prompts)], rows[count + k][1]) for k in range(count)]
+    return up, down
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 41])
+def test_what_is_streamed_is_what_all_activations_give(llama: Any, count: int) -> None:
+    positive, negative = many(count) if count > 4 else ([row for row in r[:count]] for r in many(9))
+    found = fit_rows(llama, positive, negative, seed=3)
+    read = capture(llama, [*positive, *negative])
+    best, worst = read.means[:count], read.means[count:]
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    for got, wanted in zip(found.transforms, fit_layers(MeanDifference(), best, worst), strict=True):
+        torch.testing.assert_close(got.vector, wanted.vector, **close)
+    directions = torch.stack([t.direction for t in found.transforms])
+    torch.testing.assert_close(found.positive_projection, (best.mean(0) * directions).sum(-1), **close)
+    torch.testing.assert_close(found.negative_projection, (worst.mean(0) * directions).sum(-1), **close)
+    torch.testing.assert_close(found.residual_norm, read.median_norm, **close)
+    expected = fit_quality(MeanDifference(), best, worst, seed=3)
+    assert found.quality.judged == expected.judged == (count if count >= 4 else 0)
+    pd.testing.assert_frame_equal(found.quality.table(), expected.table(), rtol=1e-3, atol=1e-4)
+
+
+def test_of_many_pairs_some_are_kept_to_be_judged(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    positive, negative = many(41)
+    whole = fit_rows(llama, positive, negative)
+    kept: list[int] = []
+    streamed = supervised.capture_moments
+
+    def watched(*args: Any, keep: Any, **options: Any) -> Any:
+        kept.extend(keep)
+        return streamed(*args, keep=keep, **options)
+
+    monkeypatch.setattr(supervised, "JUDGED_PAIRS", 20)
+    monkeypatch.setattr(supervised, "capture_moments", watched)
+    monkeypatch.delattr(supervised, "capture")
+    some = fit_rows(llama, positive, negative)
+    assert len(kept) == len(set(kept)) == some.quality.judged == 20
+    assert same_directions(whole, some) and some.quality.split_half == whole.quality.split_half
+    assert whole.quality.judged == whole.quality.pairs == some.quality.pairs == some.pairs == 41
+
+    # Each is projected on the direction of all pairs but those of its fold.
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(0))
+    means = capture(llama, [*positive, *negative]).means
+    difference = means[:41] - means[41:]
+    wins = []
+    for held in order.tensor_split(5):
+        others = torch.tensor([k for k in range(41) if k not in held])
+        axis = difference[others].mean(0)
+        wins.append(((difference[held[:4]] * axis).sum(-1) > 0).double())
+    expected = torch.cat(wins).mean(0)
+    assert [a.estimate for a in some.quality.accuracy] == pytest.approx(expected.tolist())
+    assert "20 pairs drawn at random" in repr(some) and "drawn at random" not in repr(whole)
+    assert "(20 of them drawn to be judged)" in repr(some.quality)
+    assert some.quality.accuracy[0].high - some.quality.accuracy[0].low > 0.1  # an interval of 20
+
+
+def same_directions(one: sims.SteeringFit, other: sims.SteeringFit) -> bool:
+    return all(torch.equal(a.vector, b.vector) for a, b in zip(one.transforms, other.transforms, strict=True))
+
+
+def test_the_split_half_cosine_is_the_estimators(llama: Any) -> None:
+    positive, negative = many(41)
+    means = capture(llama, [*positive, *negative]).means
+    found = fit_rows(llama, positive, negative, seed=1).quality.split_half
+    rough = split_half_cosine(means[:41], means[41:], seed=8, splits=200)
+    assert found == pytest.approx(rough.tolist(), abs=0.1)
+
+
+def test_a_bar_is_shown_where_it_takes_long(llama: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    few, many_rows = many(4), many(40)
+    fit_rows(llama, *few)
+    fit_rows(llama, *many_rows, progress=False)
+    assert capsys.readouterr().err == ""
+    fit_rows(llama, *many_rows)
+    assert "reading contrast pairs: 100%" in capsys.readouterr().err
+
+
+def test_activations_that_are_not_finite_are_refused(llama: Any) -> None:
+    positive, negative = many(4)
+    with (
+        llama.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda value, hook: value * torch.inf)]),
+        pytest.raises(FitError, match="positive activations are NaN or infinite.* layers 1, 2 of the 3 given"),
+    ):
+        fit_rows(llama, positive, negative)
 
 
 def test_both_kinds_of_model_agree(pair: tuple[Any, Any]) -> None:

@@ -136,12 +136,17 @@ def checked(
     if min(len(positive), len(negative)) < 2:
         raise FitError(f"a fit needs two pairs or more; {shapes}")
     positive, negative = positive.detach().float(), negative.detach().float()
-    for what, rows in (("positive", positive), ("negative", negative)):
-        bad = ~rows.isfinite().all(0).all(-1)
-        refuse(bad, f"{what} activations are NaN or infinite; capture them in float32, or leave out")
-    same = mean_gap(positive, negative).norm(dim=-1) == 0
-    refuse(same, "positive and negative activations have the same mean, so there is nothing to fit; leave out")
+    check_means(positive.mean(0, dtype=torch.float64), negative.mean(0, dtype=torch.float64))
     return positive, negative
+
+
+def check_means(positive: Float[Tensor, "*layer d_model"], negative: Float[Tensor, "*layer d_model"]) -> None:
+    """Raise :class:`FitError` where the class means, in float64, are not finite or the same."""
+    for what, mean in (("positive", positive), ("negative", negative)):
+        bad = ~mean.isfinite().all(-1)
+        refuse(bad, f"{what} activations are NaN or infinite; capture them in float32, or leave out")
+    same = (positive - negative).float().norm(dim=-1) == 0
+    refuse(same, "positive and negative activations have the same mean, so there is nothing to fit; leave out")
 
 
 def refuse(bad: Bool[Tensor, "*layer"], what: str) -> None:

@@ -67,6 +67,8 @@ class FitQuality:
         effect_size: per layer, Cohen's d: distance of the class means in standard deviations within a class.
         split_half: per layer, cosine of the directions fitted to two halves of the pairs, averaged over random splits.
         length: per layer, norm of the vector fitted to all pairs; NaN where a transform has none.
+        judged: pairs that accuracy, AUC and effect size are of. All, or a random few of many, so that what is kept of
+            the others need not grow with their number; their directions were fitted to all pairs of the other folds.
     """
 
     estimator: str
@@ -76,6 +78,7 @@ class FitQuality:
     effect_size: tuple[float, ...]
     split_half: tuple[float, ...]
     length: tuple[float, ...]
+    judged: int = 0
 
     def best(self, count: int = 1) -> tuple[int, ...]:
         """The layers with the highest held-out accuracy, best first; of equal ones that with the higher AUC, then
@@ -126,7 +129,10 @@ class FitQuality:
     def _about(self) -> str:
         if self.pairs < LEAST_PAIRS:
             return f"FitQuality of {self.estimator}: {self.pairs} pairs are too few to hold any out"
-        return f"FitQuality of {self.estimator}: {self.pairs} pairs, each held out of its own fit; best layers first"
+        some = f" ({self.judged} of them drawn to be judged)" if self.judged < self.pairs else ""
+        return (
+            f"FitQuality of {self.estimator}: {self.pairs} pairs, each held out of its own fit{some}; best layers first"
+        )
 
     def _by_worth(self) -> tuple[int, ...]:
         layers = range(len(self.accuracy))
@@ -201,50 +207,88 @@ def held_out(
     """
     if folds < 2:
         raise FitError(f"folds must be at least 2, got {folds}")
-    pairs, layers, _ = positive.shape
+    pairs = len(positive)
     length = tuple(_length(transform) for transform in fitted)
     if pairs < LEAST_PAIRS:
-        unknown = (Interval(math.nan, math.nan, math.nan),) * layers
-        blank = (math.nan,) * layers
-        return FitQuality(name, pairs, unknown, unknown, blank, blank, length)
-    generator = torch.Generator().manual_seed(seed)
+        return unknown_quality(name, pairs, length)
 
     def directions(chosen: Int[Tensor, " pair"]) -> Float[Tensor, "layer d_model"]:
         return _directions(refit(chosen)).to(positive.device)
 
-    order = torch.randperm(pairs, generator=generator)
-    wins, shares, gaps, squares = [], [], [], []
-    parts = order.tensor_split(min(folds, pairs // 2))
+    parts, halves = divided(pairs, seed=seed, folds=folds, splits=splits)
+    order = torch.cat(parts)
+    projections = []
     for held in parts:
         axes = directions(order[~torch.isin(order, held)])
         up, down = (torch.einsum("pld,ld->lp", rows[held], axes).double().cpu() for rows in (positive, negative))
+        projections.append((up, down))
+    total = torch.zeros(positive.shape[1], device=positive.device)
+    for first, second in halves:
+        total += (directions(first) * directions(second)).sum(-1)
+    split_half = tuple((total / splits).tolist()) if splits else (math.nan,) * len(total)
+    return judged(name, pairs, projections, split_half, length)
+
+
+def divided(
+    pairs: int, *, seed: int, folds: int = 5, splits: int = _SPLITS
+) -> tuple[list[Int[Tensor, " _held"]], list[tuple[Int[Tensor, " half"], Int[Tensor, " other_half"]]]]:
+    """Pairs in folds, in random order, and in random halves, one after another of the same generator."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randperm(pairs, generator=generator).tensor_split(min(folds, pairs // 2))
+    orders = [torch.randperm(pairs, generator=generator) for _ in range(splits)]
+    return list(parts), [(order[: pairs // 2], order[pairs // 2 :]) for order in orders]
+
+
+def judged(
+    name: str,
+    pairs: int,
+    projections: Sequence[tuple[Float[Tensor, "layer _held"], Float[Tensor, "layer _held"]]],
+    split_half: Sequence[float],
+    length: Sequence[float],
+) -> FitQuality:
+    """The figures of held-out projections.
+
+    Args:
+        name: of the estimator.
+        pairs: how many it was fitted to.
+        projections: of the positive and of the negative activations of each fold's pairs, or of some of them, on the
+            directions that were fitted to the other folds; float64, on the CPU.
+        split_half: see :class:`FitQuality`.
+        length: see there.
+    """
+    wins, shares, gaps, squares = [], [], [], []
+    for up, down in projections:
+        held = up.shape[1]
         above = torch.sign(up[:, :, None] - down[:, None, :]) / 2 + 0.5  # [layer, positive, negative], ties half
         own = above.diagonal(dim1=1, dim2=2)
         wins.append(own)
-        shares.append(((above.sum(1) + above.sum(2)) / 2 - own) / (len(held) - 1))
+        shares.append(((above.sum(1) + above.sum(2)) / 2 - own) / (held - 1))
         gaps.append(up - down)
-        squares.append((up.var(1) + down.var(1)) * (len(held) - 1))
+        squares.append((up.var(1) + down.var(1)) * (held - 1))
     share = torch.cat(shares, 1)
-    auc, variance = share.mean(1), 4 * share.var(1) / pairs
-    deviation = (torch.stack(squares).sum(0) / (2 * (pairs - len(parts)))).sqrt()
-
-    half = pairs // 2
-    total = torch.zeros(layers, device=positive.device)
-    for _ in range(splits):
-        order = torch.randperm(pairs, generator=generator)
-        total += (directions(order[:half]) * directions(order[half:])).sum(-1)
+    count = share.shape[1]
+    auc, variance = share.mean(1), 4 * share.var(1) / count
+    deviation = (torch.stack(squares).sum(0) / (2 * (count - len(projections)))).sqrt()
     return FitQuality(
         estimator=name,
         pairs=pairs,
-        accuracy=tuple(_wilson(p, float(pairs)) for p in torch.cat(wins, 1).mean(1).tolist()),
+        accuracy=tuple(_wilson(p, float(count)) for p in torch.cat(wins, 1).mean(1).tolist()),
         auc=tuple(
-            _wilson(p, min(2.0 * pairs, p * (1 - p) / v) if v > _NONE else float(pairs))
+            _wilson(p, min(2.0 * count, p * (1 - p) / v) if v > _NONE else float(count))
             for p, v in zip(auc.tolist(), variance.tolist(), strict=True)
         ),
         effect_size=tuple((torch.cat(gaps, 1).mean(1) / deviation).tolist()),
-        split_half=tuple((total / splits).tolist()) if splits else (math.nan,) * layers,
-        length=length,
+        split_half=tuple(split_half),
+        length=tuple(length),
+        judged=count,
     )
+
+
+def unknown_quality(name: str, pairs: int, length: Sequence[float]) -> FitQuality:
+    """That of a fit to too few pairs to hold any out."""
+    unknown = (Interval(math.nan, math.nan, math.nan),) * len(length)
+    blank = (math.nan,) * len(length)
+    return FitQuality(name, pairs, unknown, unknown, blank, blank, tuple(length))
 
 
 def _directions(transforms: Sequence[Transform]) -> Float[Tensor, "layer d_model"]:
