@@ -31,7 +31,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(UV)
 	@touch $@
 
 demo: $(VENV)/.installed-demo ## the loop on the embedded model, offline; ARGS="--ranker vader" passes options on
-	@OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=0 $(VENV)/bin/sims-lens demo $(ARGS)
+	@$(VENV)/bin/sims-lens demo $(ARGS)
 
 test: $(VENV)/.installed-test ## the test suite
 	@$(PY) -m pytest $(ARGS)
