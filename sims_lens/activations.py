@@ -7,6 +7,7 @@ behind the last one that counts.
 """
 
 import copy
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.capture_store import StoredTokens, writing
 from sims_lens.errors import ModelError
-from sims_lens.moments import PairMoments
+from sims_lens.moments import PairMoments, PairStream
 from sims_lens.prompts import everyday
 from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
 from sims_lens.sites import check_layer
@@ -39,7 +40,7 @@ STORE_LIMIT = 4 * 2**30
 """Bytes that captured tokens may take on disk, unless told otherwise."""
 
 _NORM_PROMPTS = 16
-_NORM_TOKENS = 65_536
+_NORM_TOKENS = 16_384
 """Norms per layer that a median is taken of where pairs are streamed; of more tokens, so many are drawn."""
 
 _BLOCK_PAIRS = 32
@@ -78,7 +79,7 @@ class PairCapture:
     Args:
         layers: the layers.
         moments: of the pairs' averages over the tokens in scope, at each layer.
-        median_norm: as in :class:`Activations`, at each layer. Of more than 65,536 tokens it is that of so many, drawn
+        median_norm: as in :class:`Activations`, at each layer. Of more than 16,384 tokens it is that of so many, drawn
             at random.
         kept_positive: averages of the pairs that were to be kept, float32.
         kept_negative: the same of their negative texts.
@@ -179,8 +180,7 @@ def capture_moments(
         raise ModelError("layers or sites is empty; name at least one, or leave it out")
     place = {layer: index for index, layer in enumerate(chosen)}
     kept = {pair: index for index, pair in enumerate(keep)}
-    # Layer by layer, so that float64 copies stay small.
-    found = {site: [PairMoments.empty(len(weights), d_model) for _ in chosen] for site in sites}
+    found = {site: PairStream(len(weights), len(chosen), d_model) for site in sites}
     # What lives on is allocated here: between the short-lived tensors of forward passes it would fragment memory.
     held = {site: torch.zeros(2, len(kept), len(chosen), d_model) for site in sites}
     norms = {site: _Norms(len(chosen), sum(reader.counts)) for site in sites}
@@ -203,15 +203,12 @@ def capture_moments(
         counts = torch.tensor([float(reader.counts[row]) for row in slot])[:, None, None]
         for site in sites:
             up, down = buffers[site][: len(slot)].div_(counts).tensor_split(2)
-            shares = weights[:, block]
-            layerwise = zip(found[site], up.unbind(1), down.unbind(1), strict=True)
-            found[site] = [moments.update(one, other, shares) for moments, one, other in layerwise]
+            found[site].update(up, down, weights[:, block])
             here = [(index, kept[pair]) for index, pair in enumerate(block) if pair in kept]
             for index, target in here:
                 held[site][0, target], held[site][1, target] = up[index], down[index]
     return {
-        site: PairCapture(chosen, PairMoments.stacked(found[site]), norms[site].medians(), *held[site].unbind())
-        for site in sites
+        site: PairCapture(chosen, found[site].moments, norms[site].medians(), *held[site].unbind()) for site in sites
     }
 
 
@@ -225,7 +222,7 @@ class _Norms:
 
     def __init__(self, layers: int, tokens: int) -> None:
         self._chance = min(1.0, _NORM_TOKENS / max(1, tokens))
-        room = tokens if self._chance == 1.0 else _NORM_TOKENS + _NORM_TOKENS // 32  # eight standard deviations
+        room = tokens if self._chance == 1.0 else _NORM_TOKENS + _NORM_TOKENS // 16  # eight standard deviations
         self._values = torch.zeros(layers, room)
         self._filled = [0] * layers
         self._generator = torch.Generator().manual_seed(0)
@@ -383,12 +380,13 @@ class _Reader:
         self._caches: dict[tuple[int, ...], Any] = {}
         self._turn = 0
         if self._shares:
-            numbers: dict[tuple[int, ...], int] = {}
-            self._prompts = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt, _ in rows]
+            numbers: dict[bytes, int] = {}  # and arrays below: lists of very many tokens take much more memory
+            self._prompts = [numbers.setdefault(array("q", prompt).tobytes(), len(numbers)) for prompt, _ in rows]
             if not self.scope.response:  # what comes after the last token that counts can't change it
                 self._ends = [max(1, len(p) - (not self.scope.last_prompt)) for p, _ in rows]
             # all of them in the prompt, ahead of its last token, so that they are of one region in every row
-            self._roots = _roots([p[: min(len(p), end) - 1] for (p, _), end in zip(rows, self._ends, strict=True)])
+            ends = zip(rows, self._ends, strict=True)
+            self._roots = _roots([array("q", p[: max(0, min(len(p), end) - 1)]) for (p, _), end in ends])
 
     def run(
         self,
@@ -697,10 +695,10 @@ def _run(
     )
 
 
-def _roots(beginnings: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+def _roots(beginnings: Sequence["array[int]"]) -> list[tuple[int, ...]]:
     """What each row shares with others: the longest beginning that saves enough, a few different ones at most."""
     found: list[tuple[int, ...]] = [()] * len(beginnings)
-    order = sorted(range(len(beginnings)), key=lambda i: list(beginnings[i]))
+    order = sorted(range(len(beginnings)), key=beginnings.__getitem__)
     least = max(_LEAST_GROUP, len(order) // _MOST_GROUPS)
     groups = [(order, 0, 2)]  # rows that begin alike; tokens that they share already; rows that make a group
     while groups:
@@ -710,8 +708,9 @@ def _roots(beginnings: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
         one, other = beginnings[rows[0]], beginnings[rows[-1]]  # sorted: what these share, all do
         width = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
         if (width - shared) * (len(rows) - 1) >= _LEAST_SAVED:
+            root = tuple(one[:width])
             for row in rows:
-                found[row] = tuple(one[:width])
+                found[row] = root
             shared = width
         longer = [row for row in rows if len(beginnings[row]) > width]
         for _, same in groupby(longer, key=lambda row: beginnings[row][width]):

@@ -5,7 +5,6 @@ some thousand float32 rows has lost the digits of that difference; a float32 sum
 eight bytes and more steps. They live on the CPU, as some accelerators have no float64.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +47,6 @@ class Moments:
             return cls.empty(*rows.shape[1:])
         variance, mean = torch.var_mean(rows.detach().to("cpu", torch.float64), dim=0, correction=0)
         return cls(len(rows), mean, variance * len(rows))
-
-    @classmethod
-    def stacked(cls, parts: "Sequence[Moments]") -> "Moments":
-        """Of the same rows at several sites: theirs along a new first axis."""
-        mean, squares = torch.stack([part.mean for part in parts]), torch.stack([part.squares for part in parts])
-        return cls(parts[0].count, mean, squares)
 
     def update(self, rows: Float[Tensor, "row *site d_model"]) -> "Moments":
         """With more rows."""
@@ -111,15 +104,13 @@ class PairMoments:
         none = Moments.empty(*shape)
         return cls(none, none, none, torch.zeros((groups, *shape), dtype=torch.float64))
 
-    @classmethod
-    def stacked(cls, parts: "Sequence[PairMoments]") -> "PairMoments":
-        """Of the same pairs at several sites: theirs along a new axis, the first but for that of the groups."""
-        return cls(
-            Moments.stacked([part.positive for part in parts]),
-            Moments.stacked([part.negative for part in parts]),
-            Moments.stacked([part.difference for part in parts]),
-            torch.stack([part.sums for part in parts], dim=1),
+    def _at(self, site: int) -> "PairMoments":
+        """At one of several sites, the same memory."""
+        one, other, between = (
+            Moments(each.count, each.mean[site], each.squares[site])
+            for each in (self.positive, self.negative, self.difference)
         )
+        return PairMoments(one, other, between, self.sums[:, site])
 
     def update(
         self,
@@ -153,3 +144,42 @@ class PairMoments:
             self.difference.merge(other.difference),
             self.sums + other.sums,
         )
+
+
+class PairStream:
+    """Moments of pairs at several layers, that grow in place: what is kept is allocated once, ahead of the short-lived
+    tensors of forward passes, whose memory it would tear apart; and only one layer is in float64 at a time.
+
+    Args:
+        groups: rows of weights.
+        layers: how many.
+        d_model: width.
+    """
+
+    def __init__(self, groups: int, layers: int, d_model: int) -> None:
+        self._sums = torch.zeros(groups, layers, d_model, dtype=torch.float64)
+        self._means = torch.zeros(3, layers, d_model, dtype=torch.float64)
+        self._squares = torch.zeros(3, layers, d_model, dtype=torch.float64)
+        self._count = 0
+
+    @property
+    def moments(self) -> PairMoments:
+        """As they are now."""
+        one, other, between = (Moments(self._count, *kept) for kept in zip(self._means, self._squares, strict=True))
+        return PairMoments(one, other, between, self._sums)
+
+    def update(
+        self,
+        positive: Float[Tensor, "pair layer d_model"],
+        negative: Float[Tensor, "pair layer d_model"],
+        weights: Float[Tensor, "group pair"],
+    ) -> None:
+        """Add pairs; see :meth:`PairMoments.update`."""
+        before = self.moments
+        for layer, (one, other) in enumerate(zip(positive.unbind(1), negative.unbind(1), strict=True)):
+            new = before._at(layer).update(one, other, weights)
+            for index, each in enumerate((new.positive, new.negative, new.difference)):
+                self._means[index, layer] = each.mean
+                self._squares[index, layer] = each.squares
+            self._sums[:, layer] = new.sums
+        self._count += len(positive)

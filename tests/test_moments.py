@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sims_lens.errors import FitError
 from sims_lens.estimators import shuffled_mean_differences, split_half_cosine
-from sims_lens.moments import Moments, PairMoments
+from sims_lens.moments import Moments, PairMoments, PairStream
 
 
 def rows_of(count: int, *, seed: int = 0, offset: float = 300.0) -> Tensor:
@@ -102,3 +102,19 @@ def test_pairs_have_all_that_is_linear_in_their_differences() -> None:
     torch.testing.assert_close(cosine.float(), split_half_cosine(best, worst, seed=5, splits=1), rtol=1e-3, atol=1e-5)
     shuffled = shuffled_mean_differences(best, worst, count=3, seed=7)
     torch.testing.assert_close((found.sums[1:] / 101).float(), shuffled, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_of_pairs_is_the_same_at_every_layer() -> None:
+    best, worst = rows_of(40, seed=1), rows_of(40, seed=2)
+    weights = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    stream, whole = PairStream(3, 3, 4), PairMoments.empty(3, 3, 4).update(best, worst, weights)
+    assert stream.moments.difference.count == 0
+    for some in torch.arange(40).split(9):
+        stream.update(best[some], worst[some], weights[:, some])
+    found = stream.moments
+    assert found.positive.count == found.negative.count == found.difference.count == 40
+    for one, other in ((found.positive, whole.positive), (found.negative, whole.negative)):
+        torch.testing.assert_close(one.mean, other.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(one.squares, other.squares, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.difference.squares, whole.difference.squares, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.sums, whole.sums, rtol=1e-9, atol=1e-9)

@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -45,6 +45,9 @@ _STREAM = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_STREAM = 0.3
 _PACKED_SHARE = 0.25
 """Of the free memory that packed copies of the weights may take."""
+
+_WIDTH = 1000
+"""Whole numbers of 8 bytes in a row of a checksum; no power of two, as the rows of weights often are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +170,8 @@ def _fingerprint(model: Any, weights: dict[str, Tensor]) -> tuple[Any, ...]:
     tables = {} if adapt(model).kind == "HookedTransformer" else dict(model.named_buffers())
     kept = [*weights.items(), *((name, table) for name, table in tables.items() if STEERING not in f".{name}")]
     marks = tuple((name, *_mark(tensor)) for name, tensor in kept)
-    probes: dict[int, Tensor] = {}
     with torch.no_grad():
-        sums = tuple(_checksum(weight, probes) for weight in weights.values())
+        sums = tuple(_checksum(weight) for weight in weights.values())
     return parts, settings, marks, sums
 
 
@@ -178,19 +180,21 @@ def _mark(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), written, tensor.dtype, tuple(tensor.shape)
 
 
-def _checksum(weight: Tensor, probes: dict[int, Tensor]) -> float:
-    """A sum in which every place has another weight, so that a permutation changes it too."""
+def _checksum(weight: Tensor) -> tuple[int, ...]:
+    """Of the bytes, as they lie in memory: exact, and a permutation changes the sums of rows or those of columns."""
+    flat = weight.permute(sorted(range(weight.ndim), key=weight.stride, reverse=True)).reshape(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # or it could not be read as whole numbers
+    row = 8 * _WIDTH // flat.element_size()
+    whole = len(flat) // row * row
+    grid = flat[:whole].view(torch.int64).view(-1, _WIDTH)
+    rest = flat[whole:].cpu().contiguous().view(torch.uint8)
+    return _weighted(grid.sum(0)), _weighted(grid.sum(1)), hash(rest.numpy().tobytes())
 
-    def probe(size: int) -> Tensor:
-        if size not in probes:
-            probes[size] = torch.cos(0.7 * torch.arange(size, dtype=torch.float32) + 0.3)
-        return probes[size]
 
-    in_memory = sorted(range(weight.ndim), key=weight.stride, reverse=True)
-    rows = weight.permute(in_memory).reshape(-1, weight.shape[in_memory[-1]] if in_memory else 1)
-    halved = weight.dtype.itemsize < 4  # products in half precision would miss small changes
-    sums = rows.sum(-1, dtype=torch.float32) if halved else rows @ probe(rows.shape[1]).to(rows)
-    return float(sums.cpu().double() @ probe(len(sums)).double())
+def _weighted(sums: Int[Tensor, " n"]) -> int:
+    """With an odd factor for each place, modulo 2**64: no single change is lost."""
+    return int((sums * (2 * torch.arange(len(sums), device=sums.device) + 1)).sum())
 
 
 def response_logits(
