@@ -348,7 +348,7 @@ def run(request: pytest.FixtureRequest, zoo: Any, tmp_path_factory: pytest.TempP
     model = zoo("llama", request.param)
     config = sims.SIMSConfig(
         iterations=2,
-        sampling=sims.SamplingConfig(max_new_tokens=6, responses=3),
+        sampling=sims.SamplingConfig(max_new_tokens=6, responses=3, temperature=2.0),
         evaluation=sims.EvaluationConfig(heldout=0.4, samples=2, controls=2),
         steering=sims.SteeringConfig(layers=(1,)),
         ranking=sims.RankingConfig(audit="off"),
@@ -379,7 +379,7 @@ def test_a_runs_pairs_are_read_again_as_the_loop_read_them(run: tuple[Any, Any],
         "x, iteration 2": 1,
     }
     with pytest.raises(RunError, match="does not give the activations of the run"):
-        run_differences(zoo("qwen2", KINDS[0]), turns, 1)
+        run_differences(zoo("gemma2", KINDS[0]), turns, 1)
     with pytest.raises(RunError, match="iteration 3 is not one of the finished ones"):
         run_differences(model, turns, 3)
 
