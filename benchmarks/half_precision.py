@@ -28,7 +28,7 @@ def main() -> None:
     model = sims.load("embedded")
     prompts = sims.everyday(given.prompts)
     plan = sims.fit(model, sims.tone_pairs()).plan(17, coefficient=0.2)
-    ranker = bound_ranker(sims.reading_ease, model)
+    ranker = bound_ranker(sims.Vader(), model)
     drawn = {}
     for dtype in ("float32", "bfloat16"):
         sampler = sims.LocalSampler(model, sims.SamplingConfig(dtype=dtype))
@@ -39,12 +39,16 @@ def main() -> None:
     same = [a.tokens == b.tokens for a, b in zip(drawn["float32", "base"], drawn["bfloat16", "base"], strict=True)]
     print(f"samples of the base model that are the same token for token: {np.mean(same):.3f}")
     moved = divergence(model, prompts, drawn["float32", "base"])
-    print(f"KL(float32 || bfloat16), nats per token, on float32's texts: {bootstrap_mean(moved)}")
+    found = bootstrap_mean(moved)
+    print(
+        f"KL(float32 || bfloat16), nats per token, on float32's texts: {found.estimate:.5f} [{found.low:.5f}, "
+        f"{found.high:.5f}]"
+    )
 
     def over_prompts(samples, value):
         return np.array([np.mean([value(s) for s in group]) for group in by_prompt(samples)])
 
-    for what, value in (("reading ease", lambda s: s.score), ("NLL", lambda s: s.nll), ("KL to base", lambda s: s.kl)):
+    for what, value in (("VADER score", lambda s: s.score), ("NLL", lambda s: s.nll), ("KL to base", lambda s: s.kl)):
         found = {key: over_prompts(samples, value) for key, samples in drawn.items()}
         effect = {dtype: found[dtype, "steered"] - found[dtype, "base"] for dtype in ("float32", "bfloat16")}
         print(

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sims_lens import analysis, export, plots, widgets
-    from sims_lens.activations import capture, residual_norms
+    from sims_lens.activations import capture, capture_moments, capture_tokens, residual_norms
     from sims_lens.adapter import restride
     from sims_lens.analysis import (
         LayerSweep,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sims_lens.auditing import audit
     from sims_lens.behaviour import PairBehaviour, SampledBehaviour
     from sims_lens.calibration import Calibration, FluencyBudget, calibrate
+    from sims_lens.capture_store import StoredTokens
     from sims_lens.config import (
         ContrastConfig,
         EvaluationConfig,
@@ -73,6 +74,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "capture": "activations",
+    "capture_moments": "activations",
+    "capture_tokens": "activations",
+    "StoredTokens": "capture_store",
     "residual_norms": "activations",
     "restride": "adapter",
     "LayerSweep": "analysis",
@@ -197,6 +201,7 @@ __all__ = [
     "SteeringConfig",
     "SteeringFit",
     "SteeringPlan",
+    "StoredTokens",
     "TokenScope",
     "Vader",
     "WhitenedMeanDifference",
@@ -206,6 +211,8 @@ __all__ = [
     "bootstrap_mean",
     "calibrate",
     "capture",
+    "capture_moments",
+    "capture_tokens",
     "component_effects",
     "direction_readers",
     "direction_similarity",

@@ -27,6 +27,7 @@ from sims_lens.moments import PairMoments, PairStream
 from sims_lens.prompts import everyday
 from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
 from sims_lens.sites import check_layer
+from sims_lens.twin import attached
 
 Row = tuple[Sequence[int], Sequence[int]]
 """A sequence as (prompt token ids, response token ids)."""
@@ -372,7 +373,8 @@ class _Reader:
         if 0 in self.counts:
             index = self.counts.index(0)
             raise ModelError(f"row {index} has no token in scope {self.scope.name!r}; leave such rows out")
-        self._shares = _nobody_looks_on(model) and _goes_on_from_any_column(self.adapter)
+        _, watched, _ = attached(model)
+        self._shares = not watched and _goes_on_from_any_column(self.adapter)
         self._ends = [len(prompt) + len(response) for prompt, response in rows]
         self._prompts = list(range(len(rows)))
         """A number for each row's prompt, the same for the same prompt."""
@@ -726,20 +728,6 @@ def _count(scope: TokenScope, prompt: int, response: int) -> int:
 def _first(lengths: Sequence[int], width: int) -> Bool[Tensor, "batch pos"]:
     """Where left-padded rows begin."""
     return torch.arange(width)[None] == (width - torch.tensor(list(lengths)))[:, None]
-
-
-def _nobody_looks_on(model: Any) -> bool:
-    """Whether no hooks are attached but those of a plan, which know where a prompt ends."""
-    for module in model.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            owner = str(getattr(hook, "__module__", ""))
-            # A bridge, and transformers below it, leave hooks of their own, which only look.
-            theirs = (
-                owner.split(".")[0] in ("transformer_lens", "transformers") and type(module).__name__ != "HookPoint"
-            )
-            if owner != "sims_lens.hooks" and not theirs:
-                return False
-    return True
 
 
 def _goes_on_from_any_column(adapter: Adapter) -> bool:

@@ -50,7 +50,8 @@ class SamplingConfig:
         stop: strings that end a response; they are not part of it.
         batch_rows: sequences decoded side by side, at most. None: as many as help and find room in memory.
         dtype: to decode in, "float32", "bfloat16" or "float16", with a copy of the weights where it is not the
-            model's own. "bfloat16" is about twice as fast on a CPU; what it does to results is in ``docs/speed.md``.
+            model's own. "bfloat16" is nearly twice as fast on a CPU; what it does to results is in ``docs/speed.md``.
+            What is measured while sampling is measured in it too.
     """
 
     responses: int = 4
@@ -195,8 +196,8 @@ class EvaluationConfig:
         heldout: share of the prompts that are held out.
         validation: share of the prompts on which "auto" picks the layer.
         samples: responses to each held-out prompt, of each plan.
-        measured: of those, how many of each prompt have their perplexity and KL measured, which costs about as much
-            as drawing them.
+        measured: of those, how many of each prompt have their perplexity and KL measured. It comes along with
+            drawing them where the model has a twin, and costs as much again where not.
         controls: norm-matched shuffled-label plans, evaluated beside the last iteration.
     """
 

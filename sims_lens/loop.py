@@ -332,7 +332,7 @@ class _Loop:
         def make() -> Mapping[str, Tensor]:
             self.bar.phase(f"{name}: reading {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
             with self.spending(folder, "capture") as cost:
-                readings = self.readings(folder, contrast.pairs)
+                readings = self.readings(folder)
                 fit = fit_contrast(self.model, self.prompts, contrast, plan, config, seed=seed, readings=readings)
                 cost["prefill"] = sum(
                     len(self.adapter.encode(self.prompts[p.prompt])) + len(s.tokens)
@@ -349,22 +349,18 @@ class _Loop:
         folder.remove("readings.safetensors")
         return vectors, figures
 
-    def reads(self, folder: Folder, split: str, n: int | Mapping[int, int]) -> bool:
-        """Whether the stream is read while these responses are drawn: the pairs will all be of this iteration, so that
-        it is the plan at hand that they are read under; the sampler can do it; and it finds room on the disk."""
+    def reads(self, folder: Folder, n: int | Mapping[int, int]) -> bool:
+        """Whether the stream is to be read while training responses are drawn: the pairs will all be of this iteration,
+        so that it is the plan at hand that they are read under; and it finds room."""
         only_these = self.config.contrast.memory == 1 or folder.final == self.store.iteration(1).final
-        if split != "train" or not only_these:
-            return False
-        count = n * len(self.indices(split)) if isinstance(n, int) else sum(n.values())
+        count = n * len(self.indices("train")) if isinstance(n, int) else sum(n.values())
         size = 4 * count * self.adapter.n_layers * (self.adapter.d_model + self.config.sampling.max_new_tokens)
-        return size <= READINGS_LIMIT and isinstance(self.sampler, ReadingSampler) and self.sampler.reads()
+        return only_these and size <= READINGS_LIMIT
 
-    def readings(self, folder: Folder, pairs: Sequence[ContrastPair]) -> Readings | None:
+    def readings(self, folder: Folder) -> Readings | None:
         """What was read while the responses of an iteration were drawn; None where that was not done."""
         file = folder.path / "readings.safetensors"
-        if not file.is_file() or any(pair.crosses for pair in pairs):
-            return None
-        return Readings(**read_tensors(file))
+        return Readings(**read_tensors(file)) if file.is_file() else None
 
     def reranked(self, folder: Folder, bank: MemoryBank, name: str) -> MemoryBank:
         """A bank whose responses of all iterations were ranked together: a judge that compares responses with each
@@ -450,18 +446,17 @@ class _Loop:
         for index in self.indices(split):
             groups.setdefault(n if isinstance(n, int) else n[index], []).append(index)
 
-        reading = self.reads(folder, split, n)
-        alongside = isinstance(self.sampler, ReadingSampler) and self.sampler.reads()
+        site, measured = self.config.steering.site, self.config.evaluation.measured
+        able = self.sampler if isinstance(self.sampler, ReadingSampler) and self.sampler.reads(plan, site) else None
+        reading = split == "train" and self.reads(folder, n)
         found: dict[tuple[int, int], Reading] = {}
 
         def sampled(texts: Sequence[str], count: int) -> Iterator[tuple[Sample, Reading | None]]:
-            if reading and isinstance(self.sampler, ReadingSampler):
-                site = self.config.steering.site
-                yield from self.sampler.sample_and_read(texts, n=count, plan=plan, seed=seed, site=site)
-            elif split != "train" and alongside and isinstance(self.sampler, ReadingSampler):
-                for sample in self.sampler.sample_and_measure(texts, n=count, plan=plan, seed=seed):
-                    wanted = sample.draw < self.config.evaluation.measured
-                    yield sample if wanted else replace(sample, nll=None, kl=None), None
+            if able is not None and reading:
+                yield from able.sample_and_read(texts, n=count, plan=plan, seed=seed, site=site)
+            elif able is not None and split != "train":
+                for sample in able.sample_and_measure(texts, n=count, plan=plan, seed=seed):
+                    yield sample if sample.draw < measured else replace(sample, nll=None, kl=None), None
             else:
                 for sample in self.sampler.sample(texts, n=count, plan=plan, seed=seed):
                     yield sample, None

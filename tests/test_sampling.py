@@ -415,6 +415,12 @@ def test_out_of_memory_makes_the_batch_smaller_and_loses_nothing(
     limit[0], calls[0] = 0, 0
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         samples_of(llama, max_new_tokens=8, batch_rows=4)
+    limit[0], calls[0] = 0, -10  # with one row too, but only after some are done
+    sampler, got = sims.LocalSampler(llama, sims.SamplingConfig(max_new_tokens=3, top_k=None, batch_rows=2)), []
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        for sample in sampler.sample(PROMPTS, n=6, plan=NOTHING, seed=0):
+            got.append(sample)
+    assert 0 < len(got) < 6 * len(PROMPTS)
     monkeypatch.setattr(kind, "logits", logits)
     assert samples_of(llama, max_new_tokens=8, n=6) == expected
 
@@ -454,7 +460,7 @@ def test_what_is_read_along_is_what_capture_reads(
     vector = torch.randn(adapter.d_model, generator=torch.Generator().manual_seed(0))
     plan = sims.SteeringPlan.addition({1: vector}, coefficient=2.0).decaying(4.0)
     sampler = sims.LocalSampler(llama, sims.SamplingConfig(max_new_tokens=7, top_k=None, batch_rows=rows))
-    assert sampler.reads()
+    assert sampler.reads(plan, site)
     found = list(sampler.sample_and_read(PROMPTS, n=n, plan=plan, seed=1, site=site))
     plain = {(s.prompt, s.draw): s for s in sampler.sample(PROMPTS, n=n, plan=plan, seed=1)}
     assert {(s.prompt, s.draw): s for s, _ in found} == plain and len(found) == len(plain)
@@ -473,13 +479,19 @@ def test_what_is_read_along_is_what_capture_reads(
 def test_nothing_is_read_where_it_cannot_be(llama: Any) -> None:
     sampler = sims.LocalSampler(llama, sims.SamplingConfig(max_new_tokens=2))
     with slow_road(llama):
-        assert not sampler.reads()
+        assert not sampler.reads(NOTHING)
         with pytest.raises(ModelError, match="which is no HookPoint"):
             list(sampler.sample_and_read(PROMPTS, n=1, plan=NOTHING, seed=0))
     stopping = sims.LocalSampler(llama, sims.SamplingConfig(max_new_tokens=2, stop=("x",)))
-    assert sampler.reads() and not stopping.reads()
+    assert sampler.reads(NOTHING) and not stopping.reads(NOTHING)
     with pytest.raises(ModelError, match="stop strings"):
         list(stopping.sample_and_read(PROMPTS, n=1, plan=NOTHING, seed=0))
+    llama.add_hook("blocks.1.hook_resid_post", lambda stream, hook: stream)
+    try:
+        with pytest.raises(ModelError, match="somebody else's hooks"):
+            list(sampler.sample_and_measure(PROMPTS, n=1, plan=NOTHING, seed=0))
+    finally:
+        llama.reset_hooks()
 
 
 class PlainSampler:

@@ -24,8 +24,8 @@ class Sampler(Protocol):
 class ReadingSampler(Sampler, Protocol):
     """A sampler that can also measure what it draws, so that nothing has to be run twice."""
 
-    def reads(self) -> bool:
-        """Whether it can do so now."""
+    def reads(self, plan: SteeringPlan, site: str) -> bool:
+        """Whether it can do so now, under a plan, at a site."""
         ...
 
     def sample_and_read(

@@ -83,7 +83,8 @@ class Decoder:
         measure: sum up each row's ``nll`` and ``kl``.
         beside: the model without the plan, where there is one and ``measure`` is wanted.
         whole: every token of a response is run, also the last one of a response that reached the limit.
-        watched: run nothing but the rows themselves and prompts of one length, because somebody looks on.
+
+    :attr:`watched` is for its user to set: run nothing but the rows themselves, because somebody looks on.
     """
 
     def __init__(
@@ -97,10 +98,9 @@ class Decoder:
         measure: bool = False,
         beside: Beside | None = None,
         whole: bool = False,
-        watched: bool = False,
     ) -> None:
         self.twin, self.job, self.size, self.count = twin, job, size, count
-        self.device, self.whole, self.watched = device, whole, watched
+        self.device, self.whole, self.watched = device, whole, False
         self.measure, self.beside = measure, beside
         self.waiting = deque(job.rows)
         self.left = [0] * len(job.prompts)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,13 +81,26 @@ class LocalSampler:
             The sample, and its reading: None for a response without tokens.
 
         Raises:
-            ModelError: the model has to be run by itself, or the config has stop strings: use ``capture`` then.
+            ModelError: :meth:`reads` is False: use ``capture`` then.
         """
         yield from self._sample(prompts, n=n, plan=plan, seed=seed, site=site)
 
-    def reads(self) -> bool:
-        """Whether :meth:`sample_and_read` and :meth:`sample_and_measure` work for the model as it is now."""
-        return not self.config.stop and road(self.model, self._dtype()).twin is not None
+    def reads(self, plan: SteeringPlan, site: str = "resid_post") -> bool:
+        """Whether :meth:`sample_and_read` and :meth:`sample_and_measure` work under a plan, for the model as it is now.
+
+        Not where the model has to be run by itself, with stop strings, or where somebody else's hooks are attached:
+        they would see some blocks twice.
+        """
+        return not self._obstacle(plan, site)
+
+    def _obstacle(self, plan: SteeringPlan, site: str) -> str:
+        """Why nothing can be measured while sampling, or ""."""
+        if self.config.stop:
+            return "there are stop strings"
+        reader = Reader(adapt(self.model), site, self.config.max_new_tokens)
+        with self._attached(plan, reader):
+            way = road(self.model, self._dtype())
+        return way.reason or ("somebody else's hooks are attached" if way.watched else "")
 
     def _dtype(self) -> torch.dtype | None:
         return None if self.config.dtype is None else getattr(torch, self.config.dtype)
@@ -109,24 +123,29 @@ class LocalSampler:
         ]
         if not rows:
             return
+        if (site is not None or measure) and (why := self._obstacle(plan, site or "resid_post")):
+            raise ModelError(f"nothing can be measured while sampling, because {why}; do it afterwards")
         with self._attached(plan, None):
             way = road(self.model, self._dtype())
         self.road = "twin" if way.twin is not None else f"the model itself, because {way.reason}"
         if way.twin is None:
-            if site is not None or measure:
-                raise ModelError(f"nothing can be measured while sampling, because {way.reason}; do it afterwards")
             logger.warning("sampling on the slow road: %s", way.reason)
             for row in self._slowly(adapter, encoded, rows, plan):
                 yield self._finished(adapter, row), None
             return
-        if (site is not None or measure) and config.stop:
-            raise ModelError("nothing can be measured while sampling with stop strings; do it afterwards")
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
-        size = min(len(rows), self._rows(adapter, way))
-        reader = Reader(adapter, site, config.max_new_tokens) if site is not None else None
+        reader = None if site is None else Reader(adapter, site, config.max_new_tokens)
+        for row in self._quickly(adapter, job, way, plan, reader, measure=measure):
+            yield self._finished(adapter, row, measured=measure), reader.take(row) if reader else None
+
+    def _quickly(
+        self, adapter: Adapter, job: Job, way: Road, plan: SteeringPlan, reader: Reader | None, *, measure: bool
+    ) -> Iterator[Row]:
+        """The fast road: rows as they finish. Between some and the next the model is as it was."""
+        size = min(len(job.rows), self._rows(adapter, way))
         decoder: Decoder | None = None
-        while True:
-            done: list[Row] = []
+        failed: BaseException | None = None
+        while failed is None:
             try:
                 with self._attached(plan, reader) as tracker:
                     way = road(self.model, self._dtype(), twin=way.twin)
@@ -139,28 +158,26 @@ class LocalSampler:
                             size,
                             self.count,
                             device=adapter.device,
-                            whole=site is not None,
+                            whole=reader is not None,
                             measure=measure,
                             beside=self._beside(plan) if measure else None,
-                            watched=way.watched,
                         )
                     decoder.watched = way.watched
                     decoder.run(_AT_ONCE, way.points, reader.following(tracker) if reader else Following(tracker))
-            except (MemoryError, RuntimeError) as error:
-                if decoder is None or size == 1 or not _out_of_memory(error):
-                    raise
-                logger.warning("out of memory with %d rows side by side; going on with %d", size, size // 2)
-                done, size = decoder.done, size // 2
-                job = Job(encoded, decoder.unfinished, job.stops, job.cut, config)
-                decoder = None
-                if adapter.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            else:
-                done, decoder.done = decoder.done, []
-                if not done:
+            except Exception as error:  # handed on below, once what is done has been handed out
+                failed = error
+            if decoder is not None:
+                yield from decoder.done
+                finished, decoder.done = not decoder.done, []
+                if failed is not None and size > 1 and _out_of_memory(failed):
+                    logger.warning("out of memory with %d rows side by side; going on with %d", size, size // 2)
+                    job, size = replace(job, rows=decoder.unfinished), size // 2
+                    decoder = failed = None
+                    if adapter.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                elif failed is None and finished:
                     return
-            for row in done:
-                yield self._finished(adapter, row, measured=measure), reader.take(row) if reader else None
+        raise failed
 
     def _finished(self, adapter: Adapter, row: Row, *, measured: bool = False) -> Sample:
         tokens, count = tuple(row.tokens), max(1, len(row.tokens))

@@ -1,7 +1,7 @@
 """What a twin is: a plain, fast model with a TransformerLens model's weights, which fires that model's HookPoints."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Twin(ABC):
         points: Points,
         cut: Cut | None = None,
     ) -> Float[Tensor, "batch keep d_vocab"]:
-        """Logits of the last ``keep`` columns; 0 for none of them.
+        """Logits of the last ``keep`` columns.
 
         Args:
             tokens: new tokens.
@@ -87,6 +87,4 @@ def linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, packed: b
     return PackedLinear(weight, bias) if packed and packs(weight) else PlainLinear(weight, bias)
 
 
-Linear = Callable[[Tensor, Tensor | None], nn.Module]
-
-__all__ = ["Cut", "Linear", "Points", "Twin", "Unsupported", "linear"]
+__all__ = ["Cut", "Points", "Twin", "Unsupported", "linear"]

@@ -59,10 +59,6 @@ class BridgeTwin(Twin):
         self._memory.append(memory)
         try:
             with self._cutting(cut), self._firing(points):
-                if keep == 0:
-                    base = getattr(self.module, self.module.base_model_prefix)
-                    base(input_ids=tokens, position_ids=positions, use_cache=False)
-                    return torch.empty(len(tokens), 0, 0, device=tokens.device)
                 kept = {"logits_to_keep": keep} if self._keeps else {}
                 out = self.module(input_ids=tokens, position_ids=positions, use_cache=False, **kept)
         finally:

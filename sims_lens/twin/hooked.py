@@ -118,8 +118,6 @@ class HookedTwin(Twin):
             if cut is not None and cut.block == block.index:
                 cut.stream = stream
             stream = block(stream, positions, memory, points, turns)
-        if keep == 0:
-            return stream.new_empty(len(stream), 0, 0)
         logits: Tensor = self.unembed(self.norm(stream[:, stream.shape[1] - keep :]))
         cap = self.cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits

@@ -113,7 +113,6 @@ def run_responses(
     device: torch.device,
     points: Points,
     before: Callable[[int, bool], None],
-    keep: bool = True,
 ) -> Float[Tensor, "row pos d_vocab"]:
     """Logits that predict each token of each response, as :meth:`Adapter.response_logits` gives them.
 
@@ -124,15 +123,13 @@ def run_responses(
         device: the model's.
         points: HookPoints to fire.
         before: called before each pass with its width and whether it is of prompts.
-        keep: False where the logits are not wanted; then every token of a response is run, also the last, and what is
-            returned is empty.
     """
     prefixes = Prefixes()
     slots, first = run_prompts(
         twin, prompts, prefixes, device=device, points=points, before=lambda width: before(width, True)
     )
     rows = [index for index, _ in responses]
-    inputs = [list(tokens[:-1] if keep else tokens) for _, tokens in responses]
+    inputs = [list(tokens[:-1]) for _, tokens in responses]
     width = max(len(row) for row in inputs)
     start = first[rows][:, None]
     if width == 0:
@@ -145,8 +142,8 @@ def run_responses(
     longest = max(len(prompts[index]) + len(row) for index, row in zip(rows, inputs, strict=True))
     positions = positions.clamp(max=longest - 1)  # padding must not lie beyond the context
     before(width, False)
-    rest = twin.logits(tokens, positions, memory, keep=width if keep else 0, points=points)
-    return torch.cat([start, rest], dim=1) if keep else rest
+    rest = twin.logits(tokens, positions, memory, keep=width, points=points)
+    return torch.cat([start, rest], dim=1)
 
 
 __all__ = ["Beside", "run_prompts", "run_responses"]
