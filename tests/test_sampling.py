@@ -287,7 +287,7 @@ def test_choose_is_the_inverse_of_the_reference(size: int, top_k: int | None, to
         if share == 0.0:
             assert token == np.flatnonzero(p)[0]
         elif share > 1.0 - 1e-12:
-            assert token == np.flatnonzero(p)[-1]
+            assert p[token + 1 :].sum() < 1e-6  # the last one, but for what float32 rounds away
         else:
             end = p[: token + 1].sum()
             assert end - p[token] - 1e-4 <= share <= end + 1e-4

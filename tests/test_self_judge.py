@@ -323,7 +323,10 @@ def test_special_tokens_and_placeholders_in_responses_are_text(
         return logits(self, tokens, mask, **options)
 
     def spy_twin(self: Any, tokens: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        seen.extend(tokens.tolist())
+        for row in tokens.tolist():
+            while row and row[-1] == 0:  # what a shorter row is filled up with
+                row.pop()
+            seen.append(row)
         return twin_logits(self, tokens, *rest, **options)
 
     twin = twin_of(llama)

@@ -102,8 +102,8 @@ class PromptMemory:
         for some in torch.split(position, size):
             grouped = query[:, :, some].reshape(batch, kv_heads, -1, query.shape[-1])
             scores = ((grouped * scale) @ key.mT).view(batch, kv_heads, -1, len(some), length)
-            seen = causal(some[:, None], position[None], window)
-            weights = _softmax(scores, seen, softcap).view(batch, kv_heads, -1, length)
+            hidden = ~causal(some[:, None], position[None], window)
+            weights = _softmax(scores, hidden, softcap).view(batch, kv_heads, -1, length)
             parts.append((weights @ value).view(batch, heads, len(some), -1))
         return torch.cat(parts, dim=2)
 
@@ -227,7 +227,7 @@ class ResponseMemory:
         """
         self.at, self._step = list(positions), width
         self._rows: Tensor | None = None
-        self._seen: dict[int | None, Tensor] = {}
+        self._hidden: dict[int | None, Tensor] = {}
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only."""
@@ -300,7 +300,7 @@ class ResponseMemory:
         return keys[:, :, :end], values[:, :, :end]
 
     def _mask(self, window: int | None, width: int, own: int, device: torch.device) -> Bool[Tensor, "row 1 1 pos all"]:
-        if window not in self._seen:
+        if window not in self._hidden:
             lengths = torch.tensor([self.prefixes.lengths[slot] for slot in self.slots], device=device)[:, None]
             at = torch.tensor(self.at, device=device)[:, None] + torch.arange(self._step, device=device)
             prefix = torch.arange(width, device=device).expand(len(lengths), -1)
@@ -308,8 +308,8 @@ class ResponseMemory:
             # a column beyond the prompt's end stands for no token: put it after every query
             prefix = torch.where(prefix < lengths, prefix, torch.iinfo(torch.long).max)
             seen = causal((lengths + at)[:, :, None], torch.cat([prefix, mine], dim=1)[:, None], window)
-            self._seen[window] = seen[:, None, None]
-        return self._seen[window]
+            self._hidden[window] = ~seen[:, None, None]
+        return self._hidden[window]
 
 
 def causal(query: Int[Tensor, "*query"], key: Int[Tensor, "*key"], window: int | None) -> Bool[Tensor, "*both"]:
@@ -323,11 +323,11 @@ def causal(query: Int[Tensor, "*query"], key: Int[Tensor, "*key"], window: int |
 
 
 def _softmax(
-    scores: Float[Tensor, "batch kv_head group pos all"], seen: Bool[Tensor, "*all"], softcap: float | None
+    scores: Float[Tensor, "batch kv_head group pos all"], hidden: Bool[Tensor, "*all"], softcap: float | None
 ) -> Float[Tensor, "batch kv_head group pos all"]:
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # in place: nobody else has them
     return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
 
 
