@@ -373,7 +373,7 @@ class _Reader:
         if 0 in self.counts:
             index = self.counts.index(0)
             raise ModelError(f"row {index} has no token in scope {self.scope.name!r}; leave such rows out")
-        _, watched, _ = attached(model)
+        watched = attached(model).watched
         self._shares = not watched and _goes_on_from_any_column(self.adapter)
         self._ends = [len(prompt) + len(response) for prompt, response in rows]
         self._prompts = list(range(len(rows)))

@@ -12,6 +12,7 @@ model. Everything is undone when the block ends, however it ends.
 """
 
 import html
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,25 +34,42 @@ from sims_lens.transforms import Strength
 _GENERATORS = ("generate", "generate_stream", "hf_generate")
 
 
+class _Pass(threading.local):
+    """What a thread's forward pass is about. A copy of a model begins with what the copying thread knows."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.generating = False
+        self.declared: int | Int[Tensor, " batch"] | None = None
+        self.boundary: int | Int[Tensor, " batch"] | None = None
+        self.columns = (0, 0)
+        self.before: Sequence[int] | None = None
+        self.masks: dict[TokenScope, bool | Bool[Tensor, "batch pos"]] = {}
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Pass":
+        made = _Pass()
+        made.__dict__.update(self.__dict__)
+        return made
+
+
 class TokenTracker:
     """Knows, at every forward pass, which region each token of the batch is in.
 
     A hook sees only a tensor. The tracker listens to the first block, where the shape of the batch and the length
     of the KV cache tell the absolute columns, and to the model's ``generate``, where the first pass is the prompt.
     Outside of ``generate`` a pass without a cache is all prompt, unless :meth:`prompt` says where the prompt ends;
-    tokens that go on from a cache are response.
+    tokens that go on from a cache are response. Each thread has its own pass: several may run the model at once.
     """
 
     def __init__(self) -> None:
         self.users = 0
         self._handle: Any = None
-        self._paused = False
-        self._generating = False
-        self._declared: int | Int[Tensor, " batch"] | None = None
-        self.boundary: int | Int[Tensor, " batch"] | None = None
-        self._columns = (0, 0)
-        self._before: Sequence[int] | None = None
-        self._masks: dict[TokenScope, bool | Bool[Tensor, "batch pos"]] = {}
+        self._now = _Pass()
+
+    @property
+    def boundary(self) -> int | Int[Tensor, " batch"] | None:
+        """The column at which the response begins, where it is known."""
+        return self._now.boundary
 
     def before_block(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the first block: one forward pass begins."""
@@ -59,13 +77,13 @@ class TokenTracker:
         self._begin(cached_length(kwargs.get, [*args, *kwargs.values()]), stream.shape[1])
 
     def _begin(self, offset: int, width: int) -> None:
-        if self._declared is not None:
-            self.boundary = self._declared
-        elif not self._generating:
-            self.boundary = offset or width
-        elif self.boundary is None:
-            self.boundary = offset + width
-        self._columns, self._masks, self._before = (offset, width), {}, None
+        if self._now.declared is not None:
+            self._now.boundary = self._now.declared
+        elif not self._now.generating:
+            self._now.boundary = offset or width
+        elif self._now.boundary is None:
+            self._now.boundary = offset + width
+        self._now.columns, self._now.masks, self._now.before = (offset, width), {}, None
 
     def expect(self, width: int, boundary: int, *, offset: int = 0, before: Sequence[int] | None = None) -> None:
         """Say what the next forward pass is about, where no block of the model runs to tell (:mod:`sims_lens.twin`).
@@ -76,21 +94,21 @@ class TokenTracker:
             offset: of the first column that is run.
             before: for each row, response tokens before the first column, where they differ.
         """
-        self.boundary, self._columns, self._masks = boundary, (offset, width), {}
-        self._before = before
+        now = self._now
+        now.boundary, now.columns, now.masks, now.before = boundary, (offset, width), {}, before
 
     def mask(self, scope: TokenScope, stream: Float[Tensor, "batch pos d_model"]) -> "bool | Tensor":
         """Which tokens of ``stream`` are in scope: a mask, or one bool where it is the same for all of them."""
-        if self._paused:
+        if self._now.paused:
             return False
-        if self._columns[1] != stream.shape[1]:  # a pass that skipped the first block
+        if self._now.columns[1] != stream.shape[1]:  # a pass that skipped the first block
             self._begin(0, stream.shape[1])
-        if scope not in self._masks:
-            self._masks[scope] = self._compute(scope, stream)
-        return self._masks[scope]
+        if scope not in self._now.masks:
+            self._now.masks[scope] = self._compute(scope, stream)
+        return self._now.masks[scope]
 
     def _compute(self, scope: TokenScope, stream: Tensor) -> "bool | Tensor":
-        (offset, width), boundary = self._columns, self.boundary
+        (offset, width), boundary = self._now.columns, self._now.boundary
         assert boundary is not None
         if scope.prompt and scope.last_prompt and scope.response:
             return True
@@ -107,9 +125,9 @@ class TokenTracker:
 
         To be called after :meth:`mask`, for the same stream.
         """
-        (offset, width), boundary = self._columns, self.boundary
-        if self._before is not None:
-            offset, boundary = 0, [-count for count in self._before]  # type: ignore[assignment]
+        (offset, width), boundary = self._now.columns, self._now.boundary
+        if self._now.before is not None:
+            offset, boundary = 0, [-count for count in self._now.before]  # type: ignore[assignment]
         columns = torch.arange(offset, offset + width, device=stream.device)[None]
         edge = torch.as_tensor(boundary, device=stream.device).reshape(-1, 1)
         return (columns - edge + 1).clamp(min=0).to(torch.float32)
@@ -120,11 +138,11 @@ class TokenTracker:
         counts = torch.as_tensor(columns)
         if counts.ndim > 1 or counts.is_floating_point() or counts.dtype == torch.bool or bool((counts < 0).any()):
             raise PlanError(f"prompt(columns) needs a count of columns, or one per row of the batch; got {columns!r}")
-        before, self._declared = self._declared, counts if counts.ndim else int(counts)
+        before, self._now.declared = self._now.declared, counts if counts.ndim else int(counts)
         try:
             yield
         finally:
-            self._declared, self._columns = before, (0, 0)
+            self._now.declared, self._now.columns = before, (0, 0)
 
     @contextmanager
     def generation(self, boundary: "int | Tensor | None" = None) -> Iterator[None]:
@@ -133,21 +151,21 @@ class TokenTracker:
         Args:
             boundary: where the prompt ends, when a generation that was begun before goes on.
         """
-        before = self._generating, self.boundary
-        self._generating, self.boundary = True, boundary
+        before = self._now.generating, self._now.boundary
+        self._now.generating, self._now.boundary = True, boundary
         try:
             yield
         finally:
-            (self._generating, self.boundary), self._columns = before, (0, 0)
+            (self._now.generating, self._now.boundary), self._now.columns = before, (0, 0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, no token is in scope: the model acts as if it were not steered."""
-        before, self._paused = self._paused, True
+        before, self._now.paused = self._now.paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self._now.paused = before
 
     # One tracker per model, kept with the hooks that feed it
 

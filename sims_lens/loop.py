@@ -455,8 +455,8 @@ class _Loop:
             if able is not None and reading:
                 yield from able.sample_and_read(texts, n=count, plan=plan, seed=seed, site=site)
             elif able is not None and split != "train":
-                for sample in able.sample_and_measure(texts, n=count, plan=plan, seed=seed):
-                    yield sample if sample.draw < measured else replace(sample, nll=None, kl=None), None
+                for sample in able.sample_and_measure(texts, n=count, plan=plan, seed=seed, measured=measured):
+                    yield sample, None
             else:
                 for sample in self.sampler.sample(texts, n=count, plan=plan, seed=seed):
                     yield sample, None

@@ -387,7 +387,8 @@ def test_the_model_is_itself_between_samples(llama: Any) -> None:
 
 
 def test_a_model_that_changes_while_it_is_sampled_from_is_noticed(llama: Any) -> None:
-    samples = sims.LocalSampler(llama, sims.SamplingConfig(max_new_tokens=2)).sample(PROMPTS, n=8, plan=NOTHING, seed=0)
+    config = sims.SamplingConfig(max_new_tokens=2, batch_rows=16)
+    samples = sims.LocalSampler(llama, config).sample(PROMPTS, n=8, plan=NOTHING, seed=0)
     next(samples)
     llama.train()
     try:

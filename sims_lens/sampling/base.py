@@ -34,6 +34,8 @@ class ReadingSampler(Sampler, Protocol):
         """Like :meth:`Sampler.sample`, with the stream at a site over each response's tokens, under the plan."""
         ...
 
-    def sample_and_measure(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
-        """Like :meth:`Sampler.sample`, with ``nll`` and ``kl`` of each sample."""
+    def sample_and_measure(
+        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, measured: int | None = None
+    ) -> Iterator[Sample]:
+        """Like :meth:`Sampler.sample`, with ``nll`` and ``kl`` of the first ``measured`` samples of each prompt."""
         ...

@@ -6,7 +6,7 @@ nothing waits. What is computed for a row depends on nothing beside it: see :mod
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +15,14 @@ from torch import Tensor
 
 from sims_lens.config import SamplingConfig
 from sims_lens.sampling.draw import choose
-from sims_lens.twin import Beside, Cut, Points, Prefixes, ResponseMemory, Twin, run_prompts
+from sims_lens.twin import Beside, Bodies, Cut, Points, Prefixes, ResponseMemory, Twin, run_prompts
 
 _DRAIN = 0.75
 """Share of rows that are left when, with nothing waiting, the batch is made smaller."""
+
+
+_TOGETHER = 8
+"""Rows whose distributions over the vocabulary are compared at a time on a CPU: they stay in its cache."""
 
 
 @dataclass
@@ -27,6 +31,11 @@ class TokenCount:
 
     prefill: int = 0
     decode: int = 0
+
+    def take(self, other: "TokenCount") -> None:
+        """Add another one's tokens to these; it begins anew."""
+        self.prefill, self.decode = self.prefill + other.prefill, self.decode + other.decode
+        other.prefill = other.decode = 0
 
 
 @dataclass
@@ -78,10 +87,10 @@ class Decoder:
         twin: the model.
         job: what to draw.
         size: rows side by side, at most.
-        count: counts the tokens that are run.
         device: the model's.
-        measure: sum up each row's ``nll`` and ``kl``.
-        beside: the model without the plan, where there is one and ``measure`` is wanted.
+        measured: of the draws for each prompt, how many have their rows' ``nll`` and ``kl`` summed up.
+        beside: the model without the plan, where there is one and something is measured.
+        bodies: what the model makes of prompts before their last token, where the plan spares them.
         whole: every token of a response is run, also the last one of a response that reached the limit.
 
     :attr:`watched` is for its user to set: run nothing but the rows themselves, because somebody looks on.
@@ -92,16 +101,16 @@ class Decoder:
         twin: Twin,
         job: Job,
         size: int,
-        count: TokenCount,
         *,
         device: torch.device,
-        measure: bool = False,
+        measured: int = 0,
         beside: Beside | None = None,
+        bodies: Bodies | None = None,
         whole: bool = False,
     ) -> None:
-        self.twin, self.job, self.size, self.count = twin, job, size, count
+        self.twin, self.job, self.size, self.count = twin, job, size, TokenCount()
         self.device, self.whole, self.watched = device, whole, False
-        self.measure, self.beside = measure, beside
+        self.measured, self.beside, self.bodies = measured, beside, bodies
         self.waiting = deque(job.rows)
         self.left = [0] * len(job.prompts)
         for row in job.rows:
@@ -114,7 +123,7 @@ class Decoder:
         self.first: dict[int, Float[Tensor, " d_vocab"]] = {}
         self.memory: ResponseMemory | None = None
         self.logits: Tensor | None = None
-        self.logits_beside: Tensor | None = None
+        self.beside_logits: dict[int, Float[Tensor, " d_vocab"]] = {}
 
     @property
     def unfinished(self) -> list[Row]:
@@ -122,9 +131,9 @@ class Decoder:
         rows = [row for row in self.live if row is not None] + list(self.waiting)
         return [Row(row.prompt, row.draw, row.noise) for row in rows]
 
-    def run(self, enough: int, points: Points, watch: "Watch") -> None:
-        """Go on until ``enough`` rows are in :attr:`done`, or all that there are."""
-        while len(self.done) < enough and (self.waiting or any(row is not None for row in self.live)):
+    def run(self, enough: Callable[[], bool], points: Points, watch: "Watch") -> None:
+        """Go on until that is enough, or all rows are in :attr:`done`."""
+        while not enough() and (self.waiting or any(row is not None for row in self.live)):
             self._admit(points, watch)
             if any(row is not None for row in self.live):
                 self._shrink(watch)
@@ -140,26 +149,23 @@ class Decoder:
             if not rows:
                 return
             self._prefill(list(dict.fromkeys(row.prompt for row in rows)), points, watch)
-            logits = torch.stack([self.first[row.prompt] for row in rows])
-            self._draw(
-                rows,
-                logits,
-                logits
-                if self.beside is None
-                else torch.stack([self.beside.logits[self.slot[row.prompt]] for row in rows]),
-            )
+            first = [self.first[row.prompt] for row in rows]
+            known = {} if self.beside is None else self.beside.logits
+            self._draw(rows, torch.stack(first), self._without(rows, known, [self.slot[row.prompt] for row in rows]))
             for row in rows:  # after the draw: what fails there loses no row
                 self.waiting.popleft()
                 if self._finished(row):
                     self._leave(row)
                     continue
                 slot = self.slot[row.prompt]
-                if free:
-                    place = free.pop(0)
-                    self.live[place], self.slots[place] = row, slot
-                else:
+                place = free.pop(0) if free else len(self.live)
+                if place == len(self.live):
                     self.live.append(row)
                     self.slots.append(slot)
+                else:
+                    self.live[place], self.slots[place] = row, slot
+                if self.beside is not None and row.draw < self.measured:
+                    self.beside.join(place, slot, self.job.config.max_new_tokens)
             self._assign()
 
     def _prefill(self, prompts: Sequence[int], points: Points, watch: "Watch") -> None:
@@ -167,7 +173,7 @@ class Decoder:
         new = [prompt for prompt in prompts if prompt not in self.slot]
         if not new:
             return
-        slots, logits = run_prompts(
+        slots, logits, ran = run_prompts(
             self.twin,
             [self.job.prompts[prompt] for prompt in new],
             self.prefixes,
@@ -176,8 +182,9 @@ class Decoder:
             before=watch.prompts,
             least_rows=1 if self.watched else self.twin.least_rows,
             beside=self.beside,
+            bodies=None if self.watched else self.bodies,
         )
-        self.count.prefill += sum(len(self.job.prompts[prompt]) for prompt in new)
+        self.count.prefill += ran
         self.slot |= dict(zip(new, slots, strict=True))
         self.first |= dict(zip(new, logits, strict=True))
 
@@ -199,15 +206,15 @@ class Decoder:
             return
         self.live = [self.live[place] for place in kept]
         self.memory.select(kept)
-        if self.beside is not None and self.beside.memory is not None:
-            self.beside.memory.select(kept)
+        if self.beside is not None:
+            self.beside.keep(kept)
         watch.keeps(kept)
         used = list(dict.fromkeys(self.memory.slots))
         if len(used) < len(self.prefixes.lengths):
+            renamed = {old: new for new, old in enumerate(used)}
             self.prefixes.keep(used)
             if self.beside is not None:
-                self.beside.prefixes.keep(used)
-            renamed = {old: new for new, old in enumerate(used)}
+                self.beside.keep_prompts(used, renamed)
             self.slot = {prompt: renamed[slot] for prompt, slot in self.slot.items() if slot in renamed}
             self.memory.assign([renamed[slot] for slot in self.memory.slots])
         self.slots = list(self.memory.slots)
@@ -229,30 +236,42 @@ class Decoder:
         tokens, positions = tokens[:, None], positions[:, None]
         cut = None if self.beside is None else Cut(self.beside.block)
         self.logits = self.twin.logits(tokens, positions, self.memory, keep=1, points=points, cut=cut)[:, -1]
-        self.logits_beside = self.logits
         if self.beside is not None and cut is not None:
-            self.logits_beside = self.beside.run_step(self.twin, tokens, positions, points, cut, self.memory)[:, -1]
+            self.beside_logits = self.beside.run_step(self.twin, tokens, positions, points, cut, self.memory)
         self.count.decode += sum(row is not None for row in self.live)
 
     def _extend(self, watch: "Watch") -> None:
         """Draw the next token of every live row; rows that are done leave."""
-        assert self.logits is not None and self.logits_beside is not None
+        assert self.logits is not None
         limit = self.job.config.max_new_tokens
         places = [p for p, row in enumerate(self.live) if row is not None and len(row.tokens) < limit]
         rows = [row for p in places if (row := self.live[p]) is not None]
         if rows:
             of = slice(None) if len(places) == len(self.logits) else torch.tensor(places, device=self.device)
-            self._draw(rows, self.logits[of], self.logits_beside[of])
+            self._draw(rows, self.logits[of], self._without(rows, self.beside_logits, places))
         for place, row in enumerate(self.live):
             if row is not None and (self._finished(row) or (self.whole and place not in places)):
                 watch.ends(row, place)
                 self.live[place] = None
+                if self.beside is not None:
+                    self.beside.leave(place)
                 self._leave(row)
 
+    def _without(
+        self, rows: Sequence[Row], known: Mapping[int, Float[Tensor, " d_vocab"]], keys: Sequence[int]
+    ) -> list[Float[Tensor, " d_vocab"]] | None:
+        """Of logits without the plan those for rows that are measured; None where there is no plan."""
+        if self.beside is None:
+            return None
+        return [known[key] for row, key in zip(rows, keys, strict=True) if row.draw < self.measured]
+
     def _draw(
-        self, rows: Sequence[Row], logits: Float[Tensor, "row d_vocab"], without: Float[Tensor, "row d_vocab"]
+        self,
+        rows: Sequence[Row],
+        logits: Float[Tensor, "row d_vocab"],
+        without: "list[Float[Tensor, ' d_vocab']] | None",
     ) -> None:
-        """Draw a token for each row from the model's logits; ``without`` are those without the plan."""
+        """Draw a token for each row from the model's logits; ``without`` are those without the plan, where measured."""
         config = self.job.config
         noise = torch.tensor([row.noise[len(row.tokens)] for row in rows], dtype=torch.float64, device=self.device)
         tokens = choose(
@@ -263,7 +282,13 @@ class Decoder:
             top_p=config.top_p,
             min_p=config.min_p,
         )
-        nll, kl = _divergence(logits, without, tokens) if self.measure else ([0.0] * len(rows), [0.0] * len(rows))
+        nll, kl = [0.0] * len(rows), [0.0] * len(rows)
+        measured = [index for index, row in enumerate(rows) if row.draw < self.measured]
+        if measured:
+            of = torch.tensor(measured, device=self.device)
+            found = _divergence(logits[of], None if without is None else torch.stack(without), tokens[of])
+            for index, row_nll, row_kl in zip(measured, *found, strict=True):
+                nll[index], kl[index] = row_nll, row_kl
         for row, token, row_nll, row_kl in zip(rows, tokens.tolist(), nll, kl, strict=True):
             if token in self.job.stops:
                 row.ended = True
@@ -291,23 +316,28 @@ class Decoder:
 
 
 def _divergence(
-    logits: Float[Tensor, "row d_vocab"], without: Float[Tensor, "row d_vocab"], tokens: Int[Tensor, " row"]
+    logits: Float[Tensor, "row d_vocab"], without: Float[Tensor, "row d_vocab"] | None, tokens: Int[Tensor, " row"]
 ) -> tuple[list[float], list[float]]:
     """Of each token the negative log-likelihood without the plan, and KL(with || without) where it was drawn."""
-    log_q = without.float().log_softmax(-1)
-    nll = -log_q.gather(-1, tokens[:, None])[:, 0]
-    if without is logits:
-        return nll.tolist(), [0.0] * len(nll)
-    log_p = logits.float().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return nll.tolist(), kl.tolist()
+    together = _TOGETHER if logits.device.type == "cpu" else len(tokens)
+    nll, kl = [], []
+    for at in range(0, len(tokens), together):
+        some = slice(at, at + together)
+        log_q = (logits if without is None else without)[some].float().log_softmax(-1)
+        nll.append(-log_q.gather(-1, tokens[some, None])[:, 0])
+        if without is None:
+            kl.append(torch.zeros_like(nll[-1]))
+        else:
+            log_p = logits[some].float().log_softmax(-1)
+            kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(nll).tolist(), torch.cat(kl).tolist()
 
 
 class Watch:
     """What is told of every pass before it runs. This one takes no notice."""
 
-    def prompts(self, length: int) -> None:
-        """Prompts of one length are about to be run."""
+    def prompts(self, width: int, length: int) -> None:
+        """A part of prompts is about to be run: ``width`` columns, of which number ``length`` ends the prompt."""
 
     def steps(self, at: Sequence[int]) -> None:
         """The newest token of the row in each place is about to be run, which is number ``at`` of its own."""

@@ -16,13 +16,14 @@ from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.sampling.decode import Decoder, Job, Row, TokenCount
 from sims_lens.sampling.draw import choose, uniforms
-from sims_lens.sampling.reading import Following, Reader, Reading
+from sims_lens.sampling.lanes import LANE_ROWS, Lane, Lanes, split
+from sims_lens.sampling.reading import Ear, Reader, Reading
 from sims_lens.scope import TRACKER
-from sims_lens.twin import Beside, Road, road
+from sims_lens.twin import Beside, Bodies, Road, Twin, road
 
 logger = logging.getLogger("sims_lens")
 
-ROWS = {"cpu": 64, "cuda": 512, "mps": 128}
+ROWS = {"cpu": 128, "cuda": 512, "mps": 128}
 """Rows side by side, at most, where the config leaves it open. On a CPU more don't help: see ``docs/speed.md``."""
 
 _MEMORY_SHARE = 0.5
@@ -49,24 +50,34 @@ class LocalSampler:
         self.config = config or SamplingConfig()
         self.count = TokenCount()
         self.road = "not run yet"
+        self._bodies: Bodies | None = None
 
     def sample(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
         """Yield the samples as they finish, those of short prompts first. See :class:`Sampler`."""
         for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed):
             yield sample
 
-    def sample_and_measure(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
+    def sample_and_measure(
+        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, measured: int | None = None
+    ) -> Iterator[Sample]:
         """Like :meth:`sample`, and with each sample its ``nll`` and ``kl``, measured while it was drawn.
 
         They are what :func:`~sims_lens.evaluate.side_effects` finds in two passes of their own. Here the blocks below
         the first steered one are run once, and those above it once with the plan and once without.
+
+        Args:
+            prompts: texts.
+            n: responses to each.
+            plan: what steers.
+            seed: of the draws.
+            measured: only the first so many responses to each prompt are measured; all where None.
 
         Raises:
             ModelError: :meth:`reads` is False, or a plan is attached to the model.
         """
         if self.model.__dict__.get(TRACKER) is not None:
             raise ModelError("side effects are measured against the unsteered model; detach the plan that is attached")
-        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, measure=True):
+        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, measured=n if measured is None else measured):
             yield sample
 
     def sample_and_read(
@@ -97,8 +108,7 @@ class LocalSampler:
         """Why nothing can be measured while sampling, or ""."""
         if self.config.stop:
             return "there are stop strings"
-        reader = Reader(adapt(self.model), site, self.config.max_new_tokens)
-        with self._attached(plan, reader):
+        with self._attached(plan, Ear(adapt(self.model), site)):
             way = road(self.model, self._dtype())
         return way.reason or ("somebody else's hooks are attached" if way.watched else "")
 
@@ -113,7 +123,7 @@ class LocalSampler:
         plan: SteeringPlan,
         seed: int,
         site: str | None = None,
-        measure: bool = False,
+        measured: int = 0,
     ) -> Iterator[tuple[Sample, Reading | None]]:
         adapter, config = adapt(self.model), self.config
         encoded = [adapter.encode(prompt) for prompt in prompts]
@@ -123,7 +133,7 @@ class LocalSampler:
         ]
         if not rows:
             return
-        if (site is not None or measure) and (why := self._obstacle(plan, site or "resid_post")):
+        if (site is not None or measured) and (why := self._obstacle(plan, site or "resid_post")):
             raise ModelError(f"nothing can be measured while sampling, because {why}; do it afterwards")
         with self._attached(plan, None):
             way = road(self.model, self._dtype())
@@ -134,50 +144,55 @@ class LocalSampler:
                 yield self._finished(adapter, row), None
             return
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
-        reader = None if site is None else Reader(adapter, site, config.max_new_tokens)
-        for row in self._quickly(adapter, job, way, plan, reader, measure=measure):
-            yield self._finished(adapter, row, measured=measure), reader.take(row) if reader else None
+        ear = None if site is None else Ear(adapter, site)
+        for row, reading in self._quickly(adapter, job, way, plan, ear, measured=measured):
+            yield self._finished(adapter, row, measured=row.draw < measured), reading
 
     def _quickly(
-        self, adapter: Adapter, job: Job, way: Road, plan: SteeringPlan, reader: Reader | None, *, measure: bool
-    ) -> Iterator[Row]:
+        self, adapter: Adapter, job: Job, way: Road, plan: SteeringPlan, ear: Ear | None, *, measured: int
+    ) -> Iterator[tuple[Row, Reading | None]]:
         """The fast road: rows as they finish. Between some and the next the model is as it was."""
-        size = min(len(job.rows), self._rows(adapter, way))
-        decoder: Decoder | None = None
-        failed: BaseException | None = None
-        while failed is None:
-            try:
-                with self._attached(plan, reader) as tracker:
-                    way = road(self.model, self._dtype(), twin=way.twin)
-                    if way.twin is None:
-                        raise ModelError(f"the model was changed while it was sampled from: {way.reason}")
-                    if decoder is None:
-                        decoder = Decoder(
-                            way.twin,
-                            job,
-                            size,
-                            self.count,
-                            device=adapter.device,
-                            whole=reader is not None,
-                            measure=measure,
-                            beside=self._beside(plan) if measure else None,
-                        )
-                    decoder.watched = way.watched
-                    decoder.run(_AT_ONCE, way.points, reader.following(tracker) if reader else Following(tracker))
-            except Exception as error:  # handed on below, once what is done has been handed out
-                failed = error
-            if decoder is not None:
-                yield from decoder.done
-                finished, decoder.done = not decoder.done, []
-                if failed is not None and size > 1 and _out_of_memory(failed):
-                    logger.warning("out of memory with %d rows side by side; going on with %d", size, size // 2)
-                    job, size = replace(job, rows=decoder.unfinished), size // 2
-                    decoder = failed = None
-                    if adapter.device.type == "cuda":
-                        torch.cuda.empty_cache()
-                elif failed is None and finished:
-                    return
-        raise failed
+        most, bodies = self._rows(adapter, way), self._kept_bodies(way)
+
+        def made(rows: Sequence[Row], twin: Twin) -> Lane:
+            size = most
+            if self.config.batch_rows is None:  # in waves of one size, not a last one that is nearly empty
+                size = -(-len(rows) // -(-len(rows) // most))
+            decoder = Decoder(
+                twin,
+                replace(job, rows=rows),
+                size,
+                device=adapter.device,
+                whole=ear is not None,
+                measured=measured,
+                beside=self._beside(plan) if measured else None,
+                bodies=bodies,
+            )
+            return Lane(decoder, None if ear is None else Reader(adapter, self.config.max_new_tokens))
+
+        lanes: Lanes | None = None
+        while lanes is None or lanes.failed or not lanes.finished:
+            with self._attached(plan, ear) as tracker:
+                way = road(self.model, self._dtype(), twin=way.twin)
+                if way.twin is None:
+                    raise ModelError(f"the model was changed while it was sampled from: {way.reason}")
+                if lanes is None:
+                    parts = split(job.rows, self._lanes(adapter, way, len(job.rows)))
+                    lanes = Lanes([made(rows, way.twin) for rows in parts], ear)
+                lanes.run(_AT_ONCE, way, tracker)
+            failed = lanes.failed
+            self.count.take(lanes.count)
+            yield from lanes.take()
+            if failed is None:
+                continue
+            if min(most, lanes.size) == 1 or not _out_of_memory(failed):
+                raise failed
+            size = min(most, lanes.size)
+            most = size // 2
+            logger.warning("out of memory with %d rows side by side; going on with %d", size, most)
+            job, lanes = replace(job, rows=lanes.unfinished), None
+            if adapter.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _finished(self, adapter: Adapter, row: Row, *, measured: bool = False) -> Sample:
         tokens, count = tuple(row.tokens), max(1, len(row.tokens))
@@ -190,6 +205,14 @@ class LocalSampler:
             nll=row.nll / count if measured else None,
             kl=row.kl / count if measured else None,
         )
+
+    def _kept_bodies(self, way: Road) -> Bodies | None:
+        """What this model made of prompts before, where nothing that is attached now would change it."""
+        if way.twin is None or not way.spares_prompts:
+            return None
+        if self._bodies is None or self._bodies.twin is not way.twin:
+            self._bodies = Bodies(way.twin)
+        return self._bodies
 
     def _beside(self, plan: SteeringPlan) -> Beside | None:
         """The model without the plan; None where there is no plan."""
@@ -217,8 +240,14 @@ class LocalSampler:
 
         return cut if stops else lambda _tokens: None
 
+    def _lanes(self, adapter: Adapter, way: Road, rows: int) -> int:
+        """How many decoders side by side: one for each core, where there are rows enough for them."""
+        if adapter.device.type != "cpu" or way.watched:
+            return 1
+        return max(1, min(torch.get_num_threads(), rows // LANE_ROWS))
+
     def _rows(self, adapter: Adapter, way: Road) -> int:
-        """Rows side by side: what the config says, and what finds room."""
+        """Rows side by side in a lane: what the config says, and what finds room."""
         most = self.config.batch_rows or ROWS.get(adapter.device.type, 64)
         assert way.twin is not None
         cfg = adapter.cfg
@@ -228,14 +257,14 @@ class LocalSampler:
         return max(1, min(most, int(_MEMORY_SHARE * _free_memory(adapter.device) / each)))
 
     @contextmanager
-    def _attached(self, plan: SteeringPlan, reader: Reader | None) -> Iterator[Any]:
+    def _attached(self, plan: SteeringPlan, ear: Ear | None) -> Iterator[Any]:
         """The model as it is sampled from: in inference mode, steered, and read. Gives the token tracker, if any."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             if plan.interventions:
                 stack.enter_context(steering(self.model, plan))
-            if reader is not None:
-                stack.enter_context(reader.listening())
+            if ear is not None:
+                stack.enter_context(ear.listening())
             yield self.model.__dict__.get(TRACKER)
 
     # The slow road: the model itself, batch by batch

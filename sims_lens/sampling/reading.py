@@ -1,6 +1,8 @@
 """Reading the stream while responses are drawn: the decode loop has just computed those very activations."""
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +75,10 @@ class Following(Watch):
     def __init__(self, tracker: Any) -> None:
         self.tracker = tracker
 
-    def prompts(self, length: int) -> None:
+    def prompts(self, width: int, length: int) -> None:
         """See :class:`Watch`."""
         if self.tracker is not None:
-            self.tracker.expect(length, length)
+            self.tracker.expect(width, length)
 
     def steps(self, at: Sequence[int]) -> None:
         """See :class:`Watch`."""
@@ -91,9 +93,9 @@ class _ReadingAlong(Following):
         super().__init__(tracker)
         self.reader = reader
 
-    def prompts(self, length: int) -> None:
+    def prompts(self, width: int, length: int) -> None:
         """See :class:`Watch`."""
-        super().prompts(length)
+        super().prompts(width, length)
         self.reader.at = None
 
     def steps(self, at: Sequence[int]) -> None:
@@ -110,25 +112,51 @@ class _ReadingAlong(Following):
         self.reader.keep(places)
 
 
+class Ear:
+    """Listens to a model's HookPoints at a site, and tells the reader of the thread that runs it.
+
+    Args:
+        adapter: of the model.
+        site: where in every block.
+    """
+
+    def __init__(self, adapter: Adapter, site: str) -> None:
+        self.adapter, self.site = adapter, site
+        self._now = threading.local()
+
+    def listening(self) -> AbstractContextManager[None]:
+        """A ``with`` block inside which the model's HookPoints are heard."""
+        return listening(self.adapter, self.site, self._hear)
+
+    @contextmanager
+    def telling(self, reader: "Reader") -> Iterator[None]:
+        """Inside, what this thread runs is told to a reader."""
+        self._now.reader = reader
+        try:
+            yield
+        finally:
+            del self._now.reader
+
+    def _hear(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> None:
+        reader = getattr(self._now, "reader", None)
+        if reader is not None:
+            reader.read(layer, stream)
+
+
 class Reader:
     """Sums the stream of every place of the batch, layer by layer, as its tokens pass.
 
     Args:
         adapter: of the model.
-        site: where in every block.
         longest: tokens of a response, at most.
     """
 
-    def __init__(self, adapter: Adapter, site: str, longest: int) -> None:
-        self.adapter, self.site, self.longest = adapter, site, longest
+    def __init__(self, adapter: Adapter, longest: int) -> None:
+        self.adapter, self.longest = adapter, longest
         self.at: Tensor | None = None
         self._sums: Float[Tensor, "layer place d_model"] = torch.empty(adapter.n_layers, 0, adapter.d_model)
         self._norms: Float[Tensor, "layer place token"] = torch.empty(adapter.n_layers, 0, longest)
         self._done: dict[tuple[int, int], Reading] = {}
-
-    def listening(self) -> Any:
-        """A ``with`` block inside which the model's HookPoints tell this reader."""
-        return listening(self.adapter, self.site, self._read)
 
     def following(self, tracker: Any) -> Watch:
         """What tells this reader, and the tracker, of every pass."""
@@ -150,7 +178,8 @@ class Reader:
         self.at = torch.tensor(at, device=self.adapter.device)
         self._places = torch.arange(len(at), device=self.adapter.device)
 
-    def _read(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> None:
+    def read(self, layer: int, stream: Float[Tensor, "batch pos d_model"]) -> None:
+        """A block's stream has passed."""
         if self.at is None:
             return
         newest = stream[:, -1].float()

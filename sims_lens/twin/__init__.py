@@ -11,11 +11,12 @@ from sims_lens.twin.attached import attached
 from sims_lens.twin.attention import Memory, Prefixes, PromptMemory, ResponseMemory
 from sims_lens.twin.base import Cut, Points, Twin, Unsupported
 from sims_lens.twin.making import twin_of
-from sims_lens.twin.passes import Beside, run_prompts, run_responses
+from sims_lens.twin.passes import Beside, Bodies, run_prompts, run_responses
 from sims_lens.twin.road import Road, response_logits, road, telling
 
 __all__ = [
     "Beside",
+    "Bodies",
     "Cut",
     "Memory",
     "Points",

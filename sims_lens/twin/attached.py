@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,32 +21,59 @@ def _of_the_bridge(module: nn.Module, hook: Any) -> bool:
     return own and type(module).__name__ != "HookPoint"
 
 
-def attached(model: Any) -> tuple[dict[str, Any], bool, str]:
-    """The HookPoints that something is attached to, whether it is somebody else's, and what no twin can honour."""
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """What is attached to a model.
+
+    Args:
+        points: the HookPoints that something is attached to, by name.
+        watched: whether it is somebody else's, not only a plan's or a reader's.
+        strange: what no twin can honour, else "".
+        spares_prompts: whether it is only plans that leave prompts alone, save their last token.
+    """
+
+    points: dict[str, Any]
+    watched: bool
+    strange: str
+    spares_prompts: bool = False
+
+
+def attached(model: Any) -> Attached:
+    """What is attached to a model now."""
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
-        return {}, True, "a hook is attached to all modules of PyTorch"
+        return _strange("a hook is attached to all modules of PyTorch")
     tracker = model.__dict__.get(TRACKER)
     points: dict[str, Any] = {}
-    watched = False
+    watched, spares = False, True
     for module in model.modules():
         kind = type(module).__name__
         if module._backward_hooks or module._backward_pre_hooks:
-            return {}, True, f"a backward hook is attached to a {kind}"
+            return _strange(f"a backward hook is attached to a {kind}")
         if "forward" in module.__dict__:
-            return {}, True, f"the forward method of a {kind} was replaced"
+            return _strange(f"the forward method of a {kind} was replaced")
         if is_parametrized(module):
-            return {}, True, f"a weight of a {kind} is parametrized"
+            return _strange(f"a weight of a {kind} is parametrized")
         if module.training and not model.training and kind != "HookPoint":
-            return {}, True, f"a {kind} is in training mode; call model.eval()"
+            return _strange(f"a {kind} is in training mode; call model.eval()")
         hooks = [hook for hook in _hooks(module) if tracker is None or getattr(hook, "__self__", None) is not tracker]
         if not hooks or all(_of_the_bridge(module, hook) for hook in hooks):
             continue
         if kind != "HookPoint":
-            return {}, True, f"a hook is attached to a {kind}, which is no HookPoint"
+            return _strange(f"a hook is attached to a {kind}, which is no HookPoint")
         watched = watched or not all(_ours(hook) for hook in hooks)
+        spares = spares and all(_spares_prompts(hook) for hook in hooks)
         if STEERING not in str(module.name):  # those of a plan are fired by its own module
             points[str(module.name)] = module
-    return points, watched, ""
+    return Attached(points, watched, "", spares)
+
+
+def _strange(why: str) -> Attached:
+    return Attached({}, True, why)
+
+
+def _spares_prompts(hook: Any) -> bool:
+    interventions = getattr(getattr(hook, "__self__", None), "interventions", None)
+    return interventions is not None and not any(i.scope.prompt for i in interventions)
 
 
 def _hooks(module: Any) -> list[Any]:

@@ -76,6 +76,18 @@ class PromptMemory:
         self.keys: list[Float[Tensor, "prompt kv_head pos d_head"]] = []
         self.values: list[Float[Tensor, "prompt kv_head pos d_value"]] = []
 
+    def select(self, rows: Sequence[int]) -> "PromptMemory":
+        """A copy of some prompts' keys and values."""
+        some = PromptMemory(self.first)
+        some.keys, some.values = ([block[list(rows)] for block in kept] for kept in (self.keys, self.values))
+        return some
+
+    def above(self, first: int) -> "PromptMemory":
+        """Of the layers from the first one on."""
+        upper = PromptMemory(first)
+        upper.keys, upper.values = self.keys[first - self.first :], self.values[first - self.first :]
+        return upper
+
     def attend(
         self,
         layer: int,
@@ -122,26 +134,42 @@ class Prefixes:
         self.lengths: list[int] = []
         """Tokens of the prompt in each slot; 0 where it is free."""
 
-    def add(self, memory: PromptMemory) -> list[int]:
-        """Keep prompts; says in which slots."""
-        count, _, length, _ = memory.keys[0].shape
-        slots = [slot for slot, taken in enumerate(self.lengths) if not taken][:count]
-        slots += range(len(self.lengths), len(self.lengths) + count - len(slots))
+    def add(self, memories: Sequence[PromptMemory], *, room: int = 0) -> list[int]:
+        """Keep prompts, with room for more tokens of them; says in which slots."""
+        lengths = [memory.keys[0].shape[2] for memory in memories for _ in memory.keys[0]]
+        slots = [slot for slot, taken in enumerate(self.lengths) if not taken][: len(lengths)]
+        slots += range(len(self.lengths), len(self.lengths) + len(lengths) - len(slots))
         self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
-        for slot in slots:
+        for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
-        width = max(columns(length), self.keys[0].shape[2] if self.keys else 0)
-        for kept, new in ((self.keys, memory.keys), (self.values, memory.values)):
-            for layer, block in enumerate(new):
+        width = max(columns(max(lengths) + room), self.keys[0].shape[2] if self.keys else 0)
+        for kept, blocks in (
+            (self.keys, [memory.keys for memory in memories]),
+            (self.values, [memory.values for memory in memories]),
+        ):
+            for layer, parts in enumerate(zip(*blocks, strict=True)):
                 if len(kept) == layer:
-                    kept.append(block.new_zeros(0, block.shape[1], width, block.shape[3]))
+                    kept.append(parts[0].new_zeros(0, parts[0].shape[1], width, parts[0].shape[3]))
                 old = kept[layer]
                 if old.shape[0] < len(self.lengths) or old.shape[2] < width:
                     kept[layer] = old.new_zeros(len(self.lengths), old.shape[1], width, old.shape[3])
                     kept[layer][: old.shape[0], :, : old.shape[2]] = old
-                kept[layer][slots, :, :length] = block
-                kept[layer][slots, :, length:] = 0.0
+                at = 0
+                for block in parts:
+                    places, length = slots[at : at + len(block)], block.shape[2]
+                    kept[layer][places, :, :length] = block
+                    kept[layer][places, :, length:] = 0.0
+                    at += len(block)
         return slots
+
+    def lengthen(self, slots: Sequence[int], memory: "ResponseMemory") -> None:
+        """Make the first own token of rows, one for each slot, the last one of the prompt in it."""
+        ends = [self.lengths[slot] for slot in slots]
+        for kept, own in ((self.keys, memory.keys), (self.values, memory.values)):
+            for block, new in zip(kept, own, strict=True):
+                block[slots, :, ends] = new[: len(slots), :, 0]
+        for slot in slots:
+            self.lengths[slot] += 1
 
     def free(self, slot: int) -> None:
         """No row looks back at this slot any more."""

@@ -5,8 +5,9 @@ The bridge's HookPoints at the entrance and the exit of a component are fired fr
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,17 @@ _NAME = "sims_lens"
 _WRAPPED = "_original_component."
 
 
+class _Pass(threading.local):
+    """What a thread's forward pass is about: the parts of the twin look here."""
+
+    def __init__(self) -> None:
+        self.memory: Memory | None = None
+        self.points: Points = {}
+        self.cut: Cut | None = None
+
+
 class BridgeTwin(Twin):
-    """See the top of this module.
+    """See the top of this module. Several threads may run it at once.
 
     Raises:
         Unsupported: the model can't be built anew, has other weights then, or its attention can't be replaced.
@@ -36,9 +46,13 @@ class BridgeTwin(Twin):
         if dtype != original.dtype:
             self.module = self.module.to(dtype)
         _linears(self.module, dtype, packed=packed)
-        self._memory = _register(self.module)
+        self._now = _Pass()
+        _register(self.module, self._now)
         self._keeps = _accepts(self.module, "logits_to_keep")
         self._places = _places(model, self.module)
+        self._heard: set[str] = set()
+        self._lock = threading.Lock()
+        self._cuttable = False
 
     @property
     def fires(self) -> frozenset[str]:
@@ -56,54 +70,65 @@ class BridgeTwin(Twin):
         cut: Cut | None = None,
     ) -> Float[Tensor, "batch keep d_vocab"]:
         """See :meth:`Twin.logits`."""
-        self._memory.append(memory)
+        with self._lock:
+            self._listen(points)
+            if cut is not None and not self._cuttable:
+                self._cuttable = True
+                self._make_cuttable()
+        now = self._now
+        now.memory, now.points, now.cut = memory, points, cut
         try:
-            with self._cutting(cut), self._firing(points):
-                kept = {"logits_to_keep": keep} if self._keeps else {}
-                out = self.module(input_ids=tokens, position_ids=positions, use_cache=False, **kept)
+            kept = {"logits_to_keep": keep} if self._keeps else {}
+            out = self.module(input_ids=tokens, position_ids=positions, use_cache=False, **kept)
         finally:
-            self._memory.pop()
+            now.memory, now.points, now.cut = None, {}, None
         return out.logits[:, -keep:]  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _cutting(self, cut: Cut | None) -> Iterator[None]:
-        if cut is None:
-            yield
-            return
-        blocks = [self._places[f"blocks.{index}.hook_in"][0] for index in range(cut.block + 1)]
-        given = cut.stream
+    def _listen(self, points: Points) -> None:
+        """From now on these HookPoints are fired, in passes that ask for it."""
+        for name in points:
+            if name in self._heard or name not in self._places:
+                continue
+            self._heard.add(name)
+            module, entrance = self._places[name]
+            fire = partial(_fire, self._now, name)
+            if entrance:
+                module.register_forward_pre_hook(_entering(fire), with_kwargs=True)
+            else:
+                module.register_forward_hook(_leaving(fire))
 
-        def enter(stream: Tensor) -> Tensor:
-            if given is None:
-                cut.stream = stream
-            return stream if given is None else given
+    def _make_cuttable(self) -> None:
+        index = 0
+        while (name := f"blocks.{index}.hook_in") in self._places:
+            block = self._places[name][0]
+            block.__dict__["forward"] = partial(_unless_below, self._now, index, block.forward)
+            enter = partial(_enter, self._now, index)
+            block.register_forward_pre_hook(_entering(enter), with_kwargs=True, prepend=True)
+            index += 1
 
-        handle = blocks[-1].register_forward_pre_hook(_entering(enter), with_kwargs=True)
-        try:
-            for block in blocks[:-1] if given is not None else ():
-                block.__dict__["forward"] = lambda hidden_states, *_args, **_kwargs: hidden_states
-            yield
-        finally:
-            handle.remove()
-            for block in blocks[:-1]:
-                block.__dict__.pop("forward", None)
 
-    @contextmanager
-    def _firing(self, points: Points) -> Iterator[None]:
-        handles = []
-        try:
-            for name, point in points.items():
-                if name not in self._places:
-                    continue
-                module, entrance = self._places[name]
-                if entrance:
-                    handles.append(module.register_forward_pre_hook(_entering(point), with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(_leaving(point)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+def _fire(now: _Pass, name: str, stream: Tensor) -> Tensor:
+    point = now.points.get(name)
+    return stream if point is None else point(stream)
+
+
+def _enter(now: _Pass, index: int, stream: Tensor) -> Tensor:
+    """The stream enters a block: put it down, or take what was put down, where the pass is cut there."""
+    cut = now.cut
+    if cut is None or cut.block != index:
+        return stream
+    if cut.stream is None:
+        cut.stream = stream
+    return cut.stream
+
+
+def _unless_below(
+    now: _Pass, index: int, forward: Callable[..., Any], stream: Tensor, *args: Any, **others: Any
+) -> Any:
+    """A block's forward, unless only the blocks above are to be run."""
+    if now.cut is not None and now.cut.stream is not None and index < now.cut.block:
+        return stream
+    return forward(stream, *args, **others)
 
 
 def _plain(original: Any) -> Any:
@@ -151,8 +176,8 @@ def _linears(module: nn.Module, dtype: torch.dtype, *, packed: bool) -> None:
                 setattr(parent, name, linear(weight.T, bias, dtype, packed=True))
 
 
-def _register(module: Any) -> list[Memory]:
-    """Make our attention the module's; says where it looks for the memory of the pass at hand: the last one."""
+def _register(module: Any, now: _Pass) -> None:
+    """Make our attention the module's; it looks for the memory in the pass at hand."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -160,18 +185,16 @@ def _register(module: Any) -> list[Memory]:
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
     found.register(_NAME, _attention)
     masks.register(_NAME, _no_mask)
-    memories: list[Memory] = []
     attending = [part for part in module.modules() if hasattr(part, "layer_idx")]
     if not attending:
         raise Unsupported(f"the attention of a {type(module).__name__} can't be replaced")
     if any(getattr(part, "rope_type", "") == "dynamic" for part in module.modules()):
         raise Unsupported("its rotation depends on the longest row of a batch")
     for part in attending:
-        part.__dict__["_sims_lens_memory"] = memories
+        part.__dict__["_sims_lens_now"] = now
     for part in module.modules():
         if hasattr(part, "config") and hasattr(part.config, "_attn_implementation"):
             part.config._attn_implementation = _NAME
-    return memories
 
 
 _IGNORED = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position", "output_attentions", "mask_type")
@@ -193,7 +216,7 @@ def _attention(
     strange = [name for name, value in others.items() if value is not None and name not in _IGNORED]
     if strange:
         raise Unsupported(f"its attention takes {', '.join(strange)}")
-    found = module._sims_lens_memory[-1].attend(
+    found = module._sims_lens_now.memory.attend(
         module.layer_idx,
         query,
         key,

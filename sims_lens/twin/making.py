@@ -186,7 +186,7 @@ def _in_steps(twin: Twin, tokens: Tensor, points: Points) -> Tensor:
     prompt = PromptMemory()
     parts = [twin.logits(tokens[:, :start], positions[:, :start], prompt, keep=start, points=points)]
     prefixes = Prefixes()
-    slots = prefixes.add(prompt)
+    slots = prefixes.add([prompt])
     memory = ResponseMemory(prefixes, slots * rows, length)
     at = start
     while at < length:

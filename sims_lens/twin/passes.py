@@ -1,8 +1,8 @@
 """Forward passes on a twin: prompts, each once; and given responses to them, teacher-forced."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,44 @@ from sims_lens.twin.base import Cut, Points, Twin
 PREFILL_TOKENS = 2048
 """Prompt tokens in one forward pass, about."""
 
+BODY_BYTES = 1 << 28
+"""Keys and values of prompts that are kept from one plan to the next, at most."""
 
-@dataclass
+
+class Bodies:
+    """What a model makes of prompts before their last token: the same under all plans that spare the prompt.
+
+    Args:
+        twin: the model; what is kept is its own.
+        limit: bytes, at most; what was put down first goes first.
+    """
+
+    def __init__(self, twin: Twin, limit: int = BODY_BYTES) -> None:
+        self.twin, self.limit = twin, limit
+        self._kept: dict[tuple[int, ...], PromptMemory] = {}
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def get(self, prompt: Sequence[int]) -> PromptMemory | None:
+        """The keys and values of a prompt without its last token, where they are kept."""
+        return self._kept.get(tuple(prompt))
+
+    def put(self, prompt: Sequence[int], body: PromptMemory) -> None:
+        """Keep them, if there is room at all."""
+        size, key = _bytes(body), tuple(prompt)
+        with self._lock:
+            if size > self.limit or key in self._kept:
+                return
+            self._kept[key] = body
+            self._size += size
+            while self._size > self.limit:
+                self._size -= _bytes(self._kept.pop(next(iter(self._kept))))
+
+
+def _bytes(body: PromptMemory) -> int:
+    return sum(block.nbytes for block in (*body.keys, *body.values))
+
+
 class Beside:
     """The model without a plan, beside the model with it: the same tokens, and only the upper blocks are run again.
 
@@ -24,36 +60,82 @@ class Beside:
         unsteered: a ``with`` block in which the plan does not act.
     """
 
-    block: int
-    unsteered: Callable[[], AbstractContextManager[None]]
-
-    def __post_init__(self) -> None:
-        self.prefixes = Prefixes(self.block)
+    def __init__(self, block: int, unsteered: Callable[[], AbstractContextManager[None]]) -> None:
+        self.block, self.unsteered = block, unsteered
+        self.prefixes = Prefixes(block)
         self.memory: ResponseMemory | None = None
         self.logits: dict[int, Float[Tensor, " d_vocab"]] = {}
         """At the last token of the prompt in each slot."""
+        self.places: list[int | None] = []
+        """Of the rows beside, which of the rows each goes with; None where it is free."""
 
     def run_prompts(self, twin: Twin, tokens: Tensor, positions: Tensor, points: Points, cut: Cut, count: int) -> None:
         """Run the upper blocks for prompts that have just been run; keys and values of ``count`` of them are kept."""
         memory = PromptMemory(self.block)
         with self.unsteered():
             last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
-        memory.keys = [block[:count] for block in memory.keys]
-        memory.values = [block[:count] for block in memory.values]
-        for slot, row in zip(self.prefixes.add(memory), last, strict=False):
+        for slot, row in zip(self.prefixes.add([memory.select(range(count))]), last, strict=False):
             self.logits[slot] = row.clone()
+
+    def run_last(
+        self, twin: Twin, prompts: Sequence[Sequence[int]], slots: Sequence[int], points: Points, cut: Cut
+    ) -> None:
+        """Run the upper blocks for the last tokens of prompts, which have just been run."""
+        with self.unsteered():
+            last = _run_last(twin, prompts, slots, self.prefixes, points, cut)
+        self.logits |= dict(zip(slots, last, strict=True))
+
+    def join(self, place: int, slot: int, capacity: int) -> None:
+        """The row in a place, which goes on from the prompt in a slot, is to be run beside from now on."""
+        if None in self.places:
+            at = self.places.index(None)
+            self.places[at] = place
+        else:
+            at = len(self.places)
+            self.places.append(place)
+        if self.memory is None:
+            self.memory = ResponseMemory(self.prefixes, [], capacity)
+        slots = self.memory.slots + [slot] * (len(self.places) - len(self.memory.slots))
+        slots[at] = slot
+        self.memory.assign(slots)
+
+    def leave(self, place: int) -> None:
+        """The row in a place is done."""
+        if place in self.places:
+            self.places[self.places.index(place)] = None
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Only the rows in these places are left; they are renumbered in this order."""
+        if self.memory is None:
+            return
+        new = {old: number for number, old in enumerate(places)}
+        kept = [at for at, place in enumerate(self.places) if place in new]
+        self.places = [new[place] for at in kept if (place := self.places[at]) is not None]
+        self.memory.select(kept)
+
+    def keep_prompts(self, slots: Sequence[int], renamed: dict[int, int]) -> None:
+        """Only these slots are left; the rows of others are done."""
+        self.prefixes.keep(slots)
+        if self.memory is not None:
+            self.memory.assign([renamed.get(slot, 0) for slot in self.memory.slots])
 
     def run_step(
         self, twin: Twin, tokens: Tensor, positions: Tensor, points: Points, cut: Cut, like: ResponseMemory
-    ) -> Float[Tensor, "row 1 d_vocab"]:
-        """Run the upper blocks for the rows' newest tokens, which have just been run with memory ``like``."""
-        if self.memory is None:
-            self.memory = ResponseMemory(self.prefixes, like.slots, like.capacity)
-        if self.memory.slots != like.slots:
-            self.memory.assign(like.slots)
-        self.memory.step(like.at, 1)
+    ) -> dict[int, Float[Tensor, " d_vocab"]]:
+        """Run the upper blocks for newest tokens, which have just been run with memory ``like``; logits by place."""
+        if self.memory is None or all(place is None for place in self.places):
+            return {}
+        while len(self.places) < twin.least_rows:
+            self.places.append(None)
+            self.memory.assign(self.memory.slots + self.memory.slots[:1])
+        chosen = [0 if place is None else place for place in self.places]
+        rows = torch.tensor(chosen, device=tokens.device)
+        self.memory.step([0 if place is None else like.at[place] for place in self.places], 1)
+        assert cut.stream is not None
+        upper = Cut(cut.block, cut.stream[rows])
         with self.unsteered():
-            return twin.logits(tokens, positions, self.memory, keep=1, points=points, cut=cut)
+            found = twin.logits(tokens[rows], positions[rows], self.memory, keep=1, points=points, cut=upper)[:, -1]
+        return {place: row for place, row in zip(self.places, found, strict=True) if place is not None}
 
 
 def run_prompts(
@@ -63,10 +145,11 @@ def run_prompts(
     *,
     device: torch.device,
     points: Points,
-    before: Callable[[int], None],
+    before: Callable[[int, int], None],
     least_rows: int = 1,
-    beside: "Beside | None" = None,
-) -> tuple[list[int], Float[Tensor, "prompt d_vocab"]]:
+    beside: Beside | None = None,
+    bodies: Bodies | None = None,
+) -> tuple[list[int], Float[Tensor, "prompt d_vocab"], int]:
     """Run prompts, those of one length together, so that nothing is padded.
 
     Args:
@@ -75,34 +158,109 @@ def run_prompts(
         prefixes: where their keys and values are kept.
         device: the model's.
         points: HookPoints to fire.
-        before: called with the length of the prompts before each pass.
+        before: called before each pass with its width and the length of its prompts.
         least_rows: tokens in a pass, at least; one that has fewer is filled up with copies.
         beside: also run the prompts as it says.
+        bodies: all tokens of a prompt but the last are looked up here, or run and kept here: where nothing that is
+            attached acts on them or looks at them.
 
     Returns:
-        The slot of each prompt, and the logits at its last token.
+        The slot of each prompt, the logits at its last token, and how many tokens were run.
     """
-    lengths: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        lengths.setdefault(len(prompt), []).append(index)
     slots, logits = [0] * len(prompts), [torch.empty(0)] * len(prompts)
-    for length, group in lengths.items():
-        size = max(1, PREFILL_TOKENS // length)
-        for some in (group[start : start + size] for start in range(0, len(group), size)):
-            ids = [list(prompts[index]) for index in some]
-            ids *= least_rows if len(ids) * length < least_rows else 1
-            positions = torch.arange(length, device=device).expand(len(ids), -1)
-            memory = PromptMemory()
-            before(length)
-            tokens, cut = torch.tensor(ids, device=device), None if beside is None else Cut(beside.block)
-            last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
-            if beside is not None and cut is not None:
-                beside.run_prompts(twin, tokens, positions, points, cut, len(some))
-            memory.keys = [block[: len(some)] for block in memory.keys]
-            memory.values = [block[: len(some)] for block in memory.values]
-            for index, slot, row in zip(some, prefixes.add(memory), last, strict=False):
-                slots[index], logits[index] = slot, row.clone()
-    return slots, torch.stack(logits)
+    apart = [bodies is not None and len(prompt) > 1 for prompt in prompts]
+    spent = 0
+    for length, group in _by_length(prompts, [i for i, own in enumerate(apart) if not own]):
+        ids = [list(prompts[index]) for index in group]
+        count = len(ids)
+        ids *= least_rows if count * length < least_rows else 1
+        positions = torch.arange(length, device=device).expand(len(ids), -1)
+        memory = PromptMemory()
+        before(length, length)
+        tokens, cut = torch.tensor(ids, device=device), None if beside is None else Cut(beside.block)
+        last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
+        if beside is not None and cut is not None:
+            beside.run_prompts(twin, tokens, positions, points, cut, count)
+        spent += count * length
+        for index, slot, row in zip(group, prefixes.add([memory.select(range(count))]), last, strict=False):
+            slots[index], logits[index] = slot, row.clone()
+    some = [index for index, own in enumerate(apart) if own]
+    if bodies is None or not some:
+        return slots, torch.stack(logits), spent
+    found, ran = _bodies(twin, [prompts[index] for index in some], bodies, device, before, least_rows)
+    asked, places = [prompts[index] for index in some], prefixes.add(found, room=1)
+    if beside is not None:  # where no plan has acted yet, both are the same
+        beside.prefixes.add([body.above(beside.block) for body in found], room=1)
+    cut = None if beside is None else Cut(beside.block)
+    before(1, 1)
+    for index, slot in zip(some, places, strict=True):
+        slots[index] = slot
+    for index, row in zip(some, _run_last(twin, asked, places, prefixes, points, cut), strict=True):
+        logits[index] = row
+    if beside is not None and cut is not None:
+        beside.run_last(twin, asked, places, points, cut)
+    return slots, torch.stack(logits), spent + ran + len(some)
+
+
+def _bodies(
+    twin: Twin,
+    prompts: Sequence[Sequence[int]],
+    bodies: Bodies,
+    device: torch.device,
+    before: Callable[[int, int], None],
+    least_rows: int,
+) -> tuple[list[PromptMemory], int]:
+    """The bodies of prompts, and how many tokens were run for them. No HookPoint fires: nobody looks at them."""
+    found = [bodies.get(prompt) for prompt in prompts]
+    ran = 0
+    for length, group in _by_length(prompts, [i for i, body in enumerate(found) if body is None]):
+        ids = [list(prompts[index][:-1]) for index in group]
+        ids *= least_rows if len(ids) * (length - 1) < least_rows else 1
+        positions = torch.arange(length - 1, device=device).expand(len(ids), -1)
+        memory = PromptMemory()
+        before(length - 1, length)
+        twin.logits(torch.tensor(ids, device=device), positions, memory, keep=1, points={})
+        ran += len(group) * (length - 1)
+        for row, index in enumerate(group):
+            body = memory.select([row])
+            found[index] = body
+            bodies.put(prompts[index], body)
+    return [body for body in found if body is not None], ran
+
+
+def _run_last(
+    twin: Twin,
+    prompts: Sequence[Sequence[int]],
+    slots: Sequence[int],
+    prefixes: Prefixes,
+    points: Points,
+    cut: Cut | None,
+) -> Float[Tensor, "prompt d_vocab"]:
+    """Run the last tokens of prompts whose bodies lie in slots, and put them there too."""
+    fill = max(0, twin.least_rows - len(slots))
+    rows = [*slots, *[slots[0]] * fill]
+    asked = [*prompts, *[prompts[0]] * fill]
+    memory = ResponseMemory(prefixes, rows, 1)
+    memory.step([0] * len(rows), 1)
+    device = prefixes.keys[0].device
+    tokens = torch.tensor([[prompt[-1]] for prompt in asked], device=device)
+    positions = torch.tensor([[len(prompt) - 1] for prompt in asked], device=device)
+    last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
+    prefixes.lengthen(slots, memory)
+    return last[: len(slots)]
+
+
+def _by_length(prompts: Sequence[Sequence[int]], indices: Iterable[int]) -> list[tuple[int, list[int]]]:
+    """Some prompts in groups of one length, each of about :data:`PREFILL_TOKENS` tokens at most."""
+    groups: dict[int, list[int]] = {}
+    for index in indices:
+        groups.setdefault(len(prompts[index]), []).append(index)
+    return [
+        (length, group[start : start + size])
+        for length, group in groups.items()
+        for size in (max(1, PREFILL_TOKENS // length),)
+        for start in range(0, len(group), size)
+    ]
 
 
 def run_responses(
@@ -125,8 +283,8 @@ def run_responses(
         before: called before each pass with its width and whether it is of prompts.
     """
     prefixes = Prefixes()
-    slots, first = run_prompts(
-        twin, prompts, prefixes, device=device, points=points, before=lambda width: before(width, True)
+    slots, first, _ = run_prompts(
+        twin, prompts, prefixes, device=device, points=points, before=lambda width, _length: before(width, True)
     )
     rows = [index for index, _ in responses]
     inputs = [list(tokens[:-1]) for _, tokens in responses]
@@ -146,4 +304,4 @@ def run_responses(
     return torch.cat([start, rest], dim=1)
 
 
-__all__ = ["Beside", "run_prompts", "run_responses"]
+__all__ = ["Beside", "Bodies", "run_prompts", "run_responses"]

@@ -25,12 +25,14 @@ class Road:
         points: HookPoints that something is attached to, which the twin fires.
         reason: why there is no twin, else "".
         watched: whether somebody else's hooks are among ``points``, not only a plan's.
+        spares_prompts: whether nothing attached acts on prompts or looks at them, save at their last tokens.
     """
 
     twin: Twin | None
     points: Points
     reason: str
     watched: bool = False
+    spares_prompts: bool = False
 
 
 def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = None) -> Road:
@@ -41,9 +43,9 @@ def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = No
         dtype: to run in; the model's own where None.
         twin: the model's twin, where it is known and no weight can have changed since; saves reading all weights.
     """
-    points, watched, strange = attached(model)
-    if strange:
-        return Road(None, {}, strange)
+    now = attached(model)
+    if now.strange:
+        return Road(None, {}, now.strange)
     if model.training:
         return Road(None, {}, "the model is in training mode; call model.eval()")
     if torch.is_autocast_enabled(adapt(model).device.type):
@@ -51,12 +53,12 @@ def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = No
     found = twin_of(model, dtype) if twin is None else twin
     if isinstance(found, str):
         return Road(None, {}, found)
-    for name in points:
+    for name in now.points:
         if name not in found.fires:
             return Road(None, {}, f"something is attached to {name}, which the fast road does not pass")
         if name in found.refused:
             return Road(None, {}, f"something is attached to {name}, where the fast road {found.refused[name]}")
-    return Road(found, points, "", watched)
+    return Road(found, now.points, "", now.watched, now.spares_prompts)
 
 
 def response_logits(
