@@ -22,6 +22,9 @@ STEP = 16
 LEAST = 8
 """Rows of a matrix product, at least: smaller ones take other kernels, which add in another order."""
 
+_ALIGNED = 32
+"""Length of prompts from which PyTorch's fused kernel for CPUs works in blocks of 32 queries."""
+
 _SCORES = 1 << 24
 """Attention scores at a time where there is no fused kernel for them."""
 
@@ -103,11 +106,15 @@ class PromptMemory:
         assert layer == self.first + len(self.keys)
         self.keys.append(key)
         self.values.append(value)
-        if softcap is None and (window is None or window >= key.shape[2]):
-            return functional.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-            )
         (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
+        if softcap is None and (window is None or window >= length):
+            # the kernel's threads share out one buffer by length: at an odd place products add in another order
+            pad = (0, 0, 0, columns(length) - length if length < _ALIGNED else 0)
+            query, key, value = (functional.pad(part, pad) for part in (query, key, value))
+            found = functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=heads != kv_heads
+            )
+            return found[:, :, :length]
         position = torch.arange(length, device=query.device)
         size = max(1, _SCORES // (batch * heads * length))
         parts = []
