@@ -1,5 +1,6 @@
 """The in-process sampler: on the model's twin with continuous batching, or on the model itself where it has none."""
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -143,6 +144,8 @@ class LocalSampler:
             for row in self._slowly(adapter, encoded, rows, plan):
                 yield self._finished(adapter, row), None
             return
+        if way.twin.dtype == torch.bfloat16 and adapter.device.type == "cpu" and not _multiplies_bfloat16():
+            logger.warning("this CPU has no bfloat16 products, so that float32 is faster on it")
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
         ear = None if site is None else Ear(adapter, site)
         for row, reading in self._quickly(adapter, job, way, plan, ear, measured=measured):
@@ -331,6 +334,15 @@ class LocalSampler:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = adapter.logits(new[:, None], mask, keep=1, cache=cache)[:, -1]
             self.count.decode += len(alive)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 numbers."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return True  # not known: say nothing
 
 
 def _free_memory(device: torch.device) -> float:
