@@ -436,7 +436,9 @@ def summary(run: "Run") -> dict[str, Any]:
         "base": run.base.to_json(),
         "iterations": [i.evaluation.to_json() for i in run.iterations],
         "controls": [e.to_json() for e in run.controls],
+        "null_band": run.null_band.to_json() if run.null_band else None,
         "beats_controls": run.beats_controls,
+        "adjusted_p": run.adjusted_p(),
         "cost": run.cost,
         "verdict": run.verdict(),
     }

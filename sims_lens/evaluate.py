@@ -18,11 +18,19 @@ from sims_lens.adapter import adapt
 from sims_lens.data import Sample, by_prompt
 from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
-from sims_lens.stats import Interval, bootstrap_mean, distinct_ratio, interval_from, win_probability
+from sims_lens.stats import (
+    Interval,
+    bootstrap_mean,
+    distinct_ratio,
+    interval_from,
+    length_controlled_win_rate,
+    sign_flip_p,
+    win_probability,
+)
 from sims_lens.twin import response_logits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Effect:
     """What a plan does to a ranker's scores.
 
@@ -31,18 +39,33 @@ class Effect:
         difference: mean score less that of the base model on the same prompts.
         win_rate: probability that a steered response scores higher than a base response to the same prompt, ties
             half.
+        length_controlled: the win rate that is expected between responses of equal length
+            (:func:`~sims_lens.stats.length_controlled_win_rate`); None where lengths play no part.
+        p: of no difference, two-sided, by sign flips over prompts; None in a run of an earlier version.
     """
 
     score: Interval
     difference: Interval
     win_rate: Interval
+    length_controlled: Interval | None = None
+    p: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Each figure as ``[estimate, low, high]``."""
-        return {f.name: getattr(self, f.name).to_json() for f in fields(self) if f.name != "independent"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "independent"}
+        return {name: value.to_json() if isinstance(value, Interval) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Effect":
+        """The inverse of :meth:`to_json`; what an earlier version did not write is None."""
+        return cls(**_figures(data))
 
 
-@dataclass(frozen=True)
+def _figures(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: interval_from(value) if isinstance(value, list) else value for name, value in data.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(Effect):
     """One plan on the held-out prompts, each figure with its 95% interval clustered by prompt.
 
@@ -74,10 +97,8 @@ class Evaluation(Effect):
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Evaluation":
         """The inverse of :meth:`to_json`."""
-        own = {f.name: interval_from(data[f.name]) for f in fields(cls) if f.name != "independent"}
         other = data.get("independent")
-        effect = Effect(**{name: interval_from(value) for name, value in other.items()}) if other else None
-        return cls(**own, independent=effect)
+        return cls(**_figures(data) | {"independent": Effect.from_json(other) if other else None})
 
 
 def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0) -> Evaluation:
@@ -101,6 +122,8 @@ def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0
         score=effect.score,
         difference=effect.difference,
         win_rate=effect.win_rate,
+        length_controlled=effect.length_controlled,
+        p=effect.p,
         independent=_effect(groups, base_groups, lambda s: s.independent, seed) if judged_twice else None,
         nll=nll,
         perplexity=nll.map(math.exp),
@@ -121,11 +144,30 @@ def _effect(
     ours = [np.array([score(s) for s in group], dtype=float) for group in groups]
     theirs = [np.array([score(s) for s in group], dtype=float) for group in base_groups]
     paired = list(zip(ours, theirs, strict=True))
+    differences = np.array([a.mean() - b.mean() for a, b in paired])
     return Effect(
         score=bootstrap_mean(np.array([a.mean() for a in ours]), seed=seed),
-        difference=bootstrap_mean(np.array([a.mean() - b.mean() for a, b in paired]), seed=seed),
+        difference=bootstrap_mean(differences, seed=seed),
         win_rate=bootstrap_mean(np.array([win_probability(a, b) for a, b in paired]), seed=seed),
+        length_controlled=_length_controlled(groups, base_groups, paired, seed),
+        p=sign_flip_p(differences, seed=seed),
     )
+
+
+def _length_controlled(
+    groups: Sequence[Sequence[Sample]],
+    base_groups: Sequence[Sequence[Sample]],
+    scores: Sequence[tuple[np.ndarray, np.ndarray]],
+    seed: int,
+) -> Interval:
+    wins, longer, prompts = [], [], []
+    for index, (ours, theirs, (a, b)) in enumerate(zip(groups, base_groups, scores, strict=True)):
+        gap = np.subtract.outer([len(s.tokens) for s in ours], [len(s.tokens) for s in theirs])
+        margin = np.subtract.outer(a, b)
+        wins.append(((margin > 0) + 0.5 * (margin == 0)).ravel())
+        longer.append(gap.ravel().astype(float))
+        prompts += [index] * gap.size
+    return length_controlled_win_rate(np.concatenate(wins), np.concatenate(longer), prompts, seed=seed)
 
 
 def side_effects(

@@ -27,7 +27,8 @@ SHOWN = 20
 
 _WITH_CONTROLS = (
     "The shuffled-label controls are vectors of the same norm, fitted to the same pairs with best and worst swapped at "
-    "random. An effect that does not lie above theirs is no evidence of learning."
+    "random. The band is where one more of them would lie with 95% probability: an effect that does not lie above it "
+    "is no evidence of learning."
 )
 _WITHOUT_CONTROLS = (
     "No shuffled-label controls are measured here. Without them it is open whether the effect comes from what was "

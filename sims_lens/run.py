@@ -17,7 +17,7 @@ from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RunError
 from sims_lens.evaluate import Effect, Evaluation
 from sims_lens.plan import Provenance, SteeringPlan
-from sims_lens.stats import Interval
+from sims_lens.stats import Interval, holm, null_band
 from sims_lens.store import RunStore, read_json, read_jsonl, read_tensors
 
 if TYPE_CHECKING:
@@ -109,12 +109,26 @@ class Run:
         return len(self.iterations) == self.config.iterations and len(self.controls) == self.config.evaluation.controls
 
     @property
+    def null_band(self) -> Interval | None:
+        """Where the effect of a plan that has learnt nothing would lie with 95% probability, by the shuffled-label
+        controls (:func:`sims_lens.stats.null_band`); None with fewer than two. They have the norm of the last plan."""
+        return null_band([control.difference.estimate for control in self.controls])
+
+    @property
     def beats_controls(self) -> bool | None:
-        """Whether the last iteration's effect lies above that of every shuffled-label control; None without them."""
-        if not self.controls or not self.iterations:
+        """Whether the last iteration's effect lies above the null band; None where there is none."""
+        if self.null_band is None or not self.iterations:
             return None
-        effect = self.iterations[-1].evaluation.difference.estimate
-        return all(effect > control.difference.estimate for control in self.controls)
+        return self.iterations[-1].evaluation.difference.estimate > self.null_band.high
+
+    def adjusted_p(self) -> list[float] | None:
+        """For each iteration p of no effect on the held-out prompts, by sign flips, adjusted for their number (Holm).
+
+        It says whether *this* plan has an effect, not whether that was learnt: for that, see :attr:`null_band`. None
+        in a run of an earlier version.
+        """
+        found = [i.evaluation.p for i in self.iterations]
+        return None if any(p is None for p in found) else holm([p for p in found if p is not None])
 
     def indices(self, split: str) -> list[int]:
         """Indices of the prompts of a split."""
@@ -187,7 +201,7 @@ class Run:
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text: its head, then a row for each of :meth:`rows`."""
         twice = bool(self.evaluator)
-        head = ["held-out prompts", "score", "difference [95%]", "win rate [95%]"]
+        head = ["held-out prompts", "score", "difference [95%]", "win rate [95%]", "at equal length"]
         head += [f"{self.evaluator} difference", f"{self.evaluator} win rate"] if twice else []
         head += ["NLL", "KL", "distinct-2", "repeated", "length", "EOS"]
         cells = [tuple(head)]
@@ -205,6 +219,8 @@ class Run:
                         f"{w.estimate:.3f} [{w.low:.3f}, {w.high:.3f}]",
                     ]
                 )
+            even = e.length_controlled
+            row.insert(4, "" if base or even is None else f"{even.estimate:.3f} [{even.low:.3f}, {even.high:.3f}]")
             row += [f"{e.nll.estimate:.2f}", "" if base else f"{e.kl.estimate:.2f}", f"{e.distinct_2.estimate:.2f}"]
             row += [f"{e.repetition.estimate:.3f}", f"{e.length.estimate:.1f}", f"{100 * e.ended.estimate:.0f}%"]
             cells.append(tuple(row))
@@ -222,25 +238,31 @@ class Run:
             f"[{100 * last.win_rate.low:.0f}, {100 * last.win_rate.high:.0f}] on "
             f"{len(self.indices('heldout'))} held-out prompts ({self.ranker})."
         )
-        if self.beats_controls is None:
-            return text
-        strongest = max(c.difference.estimate for c in self.controls)
-        effect = last.difference.estimate
+        adjusted = self.adjusted_p()
+        if adjusted is not None:
+            text += (
+                f" p of no effect, adjusted for {turns}: {p_text(adjusted[-1])}; so many prompts show a change of "
+                f"{last.win_rate.detectable:.2f} in win rate four times out of five."
+            )
+        band, effect = self.null_band, last.difference.estimate
+        if band is None:
+            return text + self._independent_verdict()
         relation = "lies above" if self.beats_controls else "does NOT lie above"
         return (
-            f"{text} Its effect, {effect:+.3g}, {relation} that of all {len(self.controls)} shuffled-label controls of "
-            f"the same norm (largest {strongest:+.3g}).{self._independent_verdict()}"
+            f"{text} Its effect, {effect:+.3g}, {relation} the null band [{band.low:+.3g}, {band.high:+.3g}], in which "
+            f"one of 20 plans of this norm that have learnt nothing would not lie, by {len(self.controls)} "
+            f"shuffled-label controls.{self._independent_verdict()}"
         )
 
     def _independent_verdict(self) -> str:
         last = self.iterations[-1].evaluation.independent
         if last is None:
             return ""
-        strongest = max(c.independent.difference.estimate for c in self.controls if c.independent)
+        band = null_band([c.independent.difference.estimate for c in self.controls if c.independent])
+        null = "" if band is None else f"; the null band there is [{band.low:+.3g}, {band.high:+.3g}]"
         return (
             f" By {self.evaluator}, which the loop never saw, the effect is {last.difference.estimate:+.3g} "
-            f"[{last.difference.low:+.3g}, {last.difference.high:+.3g}] and the win rate {last.win_rate}; the largest "
-            f"control there is {strongest:+.3g}."
+            f"[{last.difference.low:+.3g}, {last.difference.high:+.3g}] and the win rate {last.win_rate}{null}."
         )
 
     def __repr__(self) -> str:
@@ -274,6 +296,15 @@ class Run:
             f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
             f"<p>{html.escape(self.verdict())}<br>{html.escape(cost_text(self.cost))}</p>"
         )
+
+
+def p_text(p: float) -> str:
+    """A p-value as it is printed: not more exact than its 10,000 sign flips.
+
+    >>> p_text(0.0001)
+    'below 0.001'
+    """
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def table_text(cells: Sequence[Sequence[str]]) -> str:

@@ -16,6 +16,11 @@ torch.set_num_threads(1)
 Load = Callable[..., Any]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks take minutes each: first, so that no worker waits at the end for the other's."""
+    items.sort(key=lambda item: "test_notebooks.py" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Load:
     """``fresh(architecture, kind, **options)`` loads a tiny model that no other test sees."""

@@ -4,7 +4,7 @@ forward passes."""
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def point(
     def around(value: float) -> Interval:
         return Interval(float(value), float(value - spread), float(value + spread))
 
-    evaluation = Evaluation(*([around(0.5)] * 10))
+    evaluation = Evaluation(**{f.name: around(0.5) for f in fields(Evaluation) if f.default is MISSING})
     evaluation = replace(evaluation, difference=around(effect), kl=around(kl))
     return Point(name, float(factor), 0.2 * factor, evaluation, around(ratio))
 

@@ -17,7 +17,7 @@ from sims_lens.estimators import unit
 from sims_lens.evaluate import evaluate
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.run import Run, open_run
-from sims_lens.stats import Interval
+from sims_lens.stats import Interval, null_band
 from sims_lens.store import Folder, RunStore
 
 LAYERS, D_MODEL, STEERED = 12, 16, 8
@@ -205,7 +205,8 @@ def test_progress_shows_the_estimates_and_the_controls(draw: Any, field: str, un
     assert_draws(controls, nulls)
     assert min(controls.x) > 3 and max(controls.x) <= figure.layout.xaxis.range[1]
     (band,) = [s for s in figure.layout.shapes if s.name == "null band"]
-    assert (band.y0, band.y1) == (min(n.estimate for n in nulls), max(n.estimate for n in nulls))
+    expected = null_band([n.estimate for n in nulls])
+    assert expected is not None and (band.y0, band.y1) == (expected.low, expected.high)
     assert unit in figure.layout.yaxis.title.text
 
 

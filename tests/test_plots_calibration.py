@@ -1,7 +1,7 @@
 """The curve draws what was measured: points, intervals, limits, the choice and its report."""
 
 import math
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ def point(factor: float, *, name: str = "layer 3", effect: float | None = None, 
         return Interval(value, value - 0.05, value + 0.08)
 
     evaluation = replace(
-        Evaluation(*([around(0.5)] * 10)),
+        Evaluation(**{f.name: around(0.5) for f in fields(Evaluation) if f.default is MISSING}),
         difference=around(factor if effect is None else effect),
         kl=around(0.2 * factor),
     )

@@ -36,7 +36,7 @@ from sims_lens.run import Run
 from sims_lens.sampling import LocalSampler
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_layer
-from sims_lens.stats import CONFIDENCE, DRAWS, Interval, bootstrap_mean, holm
+from sims_lens.stats import CONFIDENCE, DRAWS, Interval, bca, bootstrap_mean, holm, sign_flip_p
 from sims_lens.transforms import Ablation, label
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 By = Literal["layer", "iteration", "intervention"]
 Values = Float[np.ndarray, " unit"]
 
-FLIPS: Final = 9999
 """Random sign flips of a paired test."""
 
 _STREAM_PROMPTS: Final = 16
@@ -910,26 +909,13 @@ def _sum(parts: Iterable[SteeringPlan]) -> SteeringPlan:
     return NOTHING if total is None else total
 
 
-def sign_flip_p(values: Values, *, seed: int = 0) -> float:
-    """Two-sided p of a mean of zero, by random sign flips of the values (each is as likely to be as its negative).
-
-    >>> sign_flip_p(np.zeros(5))
-    1.0
-    """
-    rng = np.random.default_rng(seed)
-    flipped = rng.choice([-1.0, 1.0], size=(FLIPS, len(values))) @ values
-    as_large = np.abs(flipped) >= abs(values.sum()) * (1 - 1e-12)
-    return float((1 + as_large.sum()) / (FLIPS + 1))
-
-
 def _ratio(part: Values, whole: Values, *, seed: int) -> Interval:
-    """Ratio of two means with its percentile bootstrap interval; both are resampled together."""
+    """Ratio of two means with its bootstrap interval; both are resampled together."""
     rows = np.random.default_rng(seed).integers(0, len(whole), size=(DRAWS, len(whole)))
-    tail = 100 * (1 - CONFIDENCE) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = part[rows].mean(1) / whole[rows].mean(1)
-    low, high = np.percentile(drawn[np.isfinite(drawn)], [tail, 100 - tail])
-    return Interval(float(part.mean() / whole.mean()), float(low), float(high))
+    ratio = float(part.mean() / whole.mean())
+    return bca(ratio, drawn, part - ratio * whole)
 
 
 def _units_needed(parts: int) -> int:

@@ -56,7 +56,7 @@ from sims_lens.hooks import check_unsteered, resolve, steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.scope import TokenScope
-from sims_lens.stats import CONFIDENCE, DRAWS, Interval, bootstrap_mean
+from sims_lens.stats import CONFIDENCE, DRAWS, Interval, bca, bootstrap_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -524,12 +524,15 @@ def _amounts(
     weights: Float[np.ndarray, "draw pair"],
 ) -> list[Amount]:
     """Means over the pairs, and their shares of the effect; None for no shares."""
-    means = weights @ values.T
+    means = (weights @ values.T).T
     if effect is None:
-        return [Amount(_percentiles(mean), None) for mean in means.T]
+        return [Amount(bca(float(m[0]), m[1:], own), None) for m, own in zip(means, values, strict=True)]
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = means / (weights @ effect)[:, None]
-    return [Amount(_percentiles(mean), _percentiles(share)) for mean, share in zip(means.T, shares.T, strict=True)]
+        shares = means / (weights @ effect)
+    return [
+        Amount(bca(float(m[0]), m[1:], own), bca(float(share[0]), share[1:], own - share[0] * effect))
+        for m, share, own in zip(means, shares, values, strict=True)
+    ]
 
 
 def _percentiles(draws: Float[np.ndarray, " draw"]) -> Interval:

@@ -46,7 +46,7 @@ from sims_lens.run import Run
 from sims_lens.sampling import LocalSampler
 from sims_lens.scope import TokenScope
 from sims_lens.sites import check_layer, check_site
-from sims_lens.stats import CONFIDENCE, DRAWS, Interval, interval_from, win_probability
+from sims_lens.stats import DRAWS, Interval, bca, interval_from, win_probability
 from sims_lens.store import Folder, read_json, write_json
 from sims_lens.supervised import SteeringFit
 from sims_lens.transforms import Addition, Transform, dump
@@ -1012,9 +1012,8 @@ def _bootstrap(sums: Float[np.ndarray, " prompt"], sizes: Float[np.ndarray, " pr
     if not len(sums):
         return Interval(math.inf, math.inf, math.inf)
     drawn = _draws(len(sums), seed)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile((drawn @ sums) / (drawn @ sizes), [tail, 100 - tail])
-    return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
+    mean = float(sums.sum() / sizes.sum())
+    return bca(mean, (drawn @ sums) / (drawn @ sizes), sums - mean * sizes)
 
 
 @lru_cache(maxsize=32)

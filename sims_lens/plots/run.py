@@ -17,14 +17,14 @@ from sims_lens.estimators import unit
 from sims_lens.evaluate import Evaluation
 from sims_lens.plots.theme import BAND, BLUE, DIVERGING, EDGE, HEIGHT, TEXT, colours, error_bars, titled
 from sims_lens.run import Iteration, Run
-from sims_lens.stats import Interval
+from sims_lens.stats import Interval, null_band
 
 
 def win_rate(run: Run) -> go.Figure:
     """How often a steered response scores higher than a base response, by iteration, with 95% intervals.
 
-    The shuffled-label controls stand beside the last iteration, whose norm they share; the band spans their
-    estimates.
+    The shuffled-label controls stand beside the last iteration, whose norm they share; in the band one more
+    of them would lie with 95% probability (:func:`sims_lens.stats.null_band`).
 
     Raises:
         RunError: no iteration is finished.
@@ -47,8 +47,8 @@ def win_rate(run: Run) -> go.Figure:
 def effect(run: Run) -> go.Figure:
     """Mean score less that of the base model on the same prompts, by iteration, with 95% intervals.
 
-    The band spans the estimates of the shuffled-label controls: what a vector of the same norm does that learnt
-    nothing.
+    The band is what a vector of the same norm does that has learnt nothing: one more shuffled-label control would lie
+    in it with 95% probability (:func:`sims_lens.stats.null_band`).
 
     Raises:
         RunError: no iteration is finished.
@@ -317,18 +317,19 @@ def _progress(
             marker={"color": TEXT, "size": 7, "symbol": "diamond"},
             hovertemplate=_hover("shuffled labels %{customdata[2]}", hover, number),
         )
-        estimates = [c.estimate for c in controls]
-        figure.add_shape(
-            type="rect",
-            x0=x[-1] - 0.4,
-            x1=end,
-            y0=min(estimates),
-            y1=max(estimates),
-            fillcolor=BAND,
-            line={"color": EDGE, "width": 1},
-            layer="below",
-            name="null band",
-        )
+        band = null_band([c.estimate for c in controls])
+        if band is not None:
+            figure.add_shape(
+                type="rect",
+                x0=x[-1] - 0.4,
+                x1=end,
+                y0=band.low,
+                y1=band.high,
+                fillcolor=BAND,
+                line={"color": EDGE, "width": 1},
+                layer="below",
+                name="null band",
+            )
         ticks = {"tickvals": [*ticks["tickvals"], column], "ticktext": [*ticks["ticktext"], "shuffled<br>labels"]}
     figure.add_scatter(
         x=[start, end],
