@@ -174,7 +174,8 @@ class Run:
         return pairs
 
     def table(self) -> "pd.DataFrame":
-        """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``)."""
+        """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``; ``p`` alone,
+        not adjusted for how many plans there are)."""
         import pandas as pd
 
         rows = []
@@ -182,11 +183,14 @@ class Run:
             row: dict[str, Any] = {"plan": plan}
             for f in fields(Evaluation):
                 value = getattr(evaluation, f.name)
-                parts = {f.name: value} if isinstance(value, Interval) else {}
+                parts = {f.name: value}
                 if isinstance(value, Effect):
                     parts = {f"{f.name}_{g.name}": getattr(value, g.name) for g in fields(Effect)}
-                for name, interval in parts.items():
-                    row |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+                for name, figure in parts.items():
+                    if isinstance(figure, Interval):
+                        row |= {name: figure.estimate, f"{name}_low": figure.low, f"{name}_high": figure.high}
+                    elif figure is not None:
+                        row[name] = figure
             rows.append(row)
         return pd.DataFrame(rows).set_index("plan")
 
