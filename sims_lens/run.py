@@ -174,8 +174,8 @@ class Run:
         return pairs
 
     def table(self) -> "pd.DataFrame":
-        """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``; ``p`` alone,
-        not adjusted for how many plans there are)."""
+        """One row per plan, one column per figure of :class:`Evaluation` (estimate, and ``_low`` / ``_high``; ``p`` is
+        not adjusted for the number of plans)."""
         import pandas as pd
 
         rows = []
@@ -245,17 +245,17 @@ class Run:
         adjusted = self.adjusted_p()
         if adjusted is not None:
             text += (
-                f" p of no effect, adjusted for {turns}: {p_text(adjusted[-1])}; so many prompts show a change of "
-                f"{last.win_rate.detectable:.2f} in win rate four times out of five."
+                f" p of no effect, adjusted for {turns}: {p_text(adjusted[-1])}; these prompts show a change of "
+                f"{last.win_rate.detectable:.2f} in win rate with 80% power."
             )
         band, effect = self.null_band, last.difference.estimate
         if band is None:
             return text + self._independent_verdict()
         relation = "lies above" if self.beats_controls else "does NOT lie above"
         return (
-            f"{text} Its effect, {effect:+.3g}, {relation} the null band [{band.low:+.3g}, {band.high:+.3g}], in which "
-            f"one of 20 plans of this norm that have learnt nothing would not lie, by {len(self.controls)} "
-            f"shuffled-label controls.{self._independent_verdict()}"
+            f"{text} Its effect, {effect:+.3g}, {relation} the null band [{band.low:+.3g}, {band.high:+.3g}]: there "
+            f"lie 19 of 20 plans of this norm that learnt nothing, by {len(self.controls)} shuffled-label controls."
+            f"{self._independent_verdict()}"
         )
 
     def _independent_verdict(self) -> str:
