@@ -1,6 +1,7 @@
 """The loop on tiny models of a real architecture: what it writes, that it repeats, resumes and refuses."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -85,6 +86,28 @@ def same_vectors(a: sims.Run, b: sims.Run) -> bool:
 @pytest.fixture(scope="module")
 def run(model: Any, tmp_path_factory: pytest.TempPathFactory) -> sims.Run:
     return improve(model, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_a_run_says_what_its_effect_is_worth(run: sims.Run, tmp_path: Path) -> None:
+    band, adjusted = run.null_band, run.adjusted_p()
+    assert band is not None and adjusted is not None
+    effects = [c.difference.estimate for c in run.controls]
+    assert band.low < min(effects) <= max(effects) < band.high
+    assert run.beats_controls == (run.iterations[-1].evaluation.difference.estimate > band.high)
+    plain = [i.evaluation.p for i in run.iterations]
+    assert min(adjusted) == pytest.approx(min(1.0, 2 * min(p for p in plain if p is not None)))
+    text = run.verdict()
+    assert f"[{band.low:+.3g}, {band.high:+.3g}]" in text and "with 80% power" in text
+    assert {"p", "length_controlled", "length_controlled_low"} <= set(run.table().columns)
+
+    old = Path(shutil.copytree(run.path, tmp_path / "old"))  # as it was written before these figures were there
+    for file in (*old.glob("iterations/*/metrics.json"), old / "base/metrics.json"):
+        data = json.loads(file.read_text())
+        del data["evaluation"]["p"], data["evaluation"]["length_controlled"]
+        file.write_text(json.dumps(data))
+    before = sims.open_run(old)
+    assert before.adjusted_p() is None and before.null_band == band and "power" not in before.verdict()
+    assert before.iterations[0].evaluation.win_rate == run.iterations[0].evaluation.win_rate and repr(before)
 
 
 def test_a_run_holds_what_it_promises(run: sims.Run) -> None:

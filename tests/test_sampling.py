@@ -386,6 +386,20 @@ def test_half_precision_on_both_kinds(llama: Any, dtype: str) -> None:
     assert draw(llama, PROMPTS, n=1, temperature=1e-4, max_new_tokens=1) == greedy
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_the_log_says_where_bfloat16_is_the_slower_choice(
+    native: bool, llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sims_lens.sampling.local._multiplies_bfloat16", lambda: native)
+    with caplog.at_level(logging.WARNING, "sims_lens"):
+        draw(llama, PROMPTS[:1], n=1)
+        assert not caplog.records
+        draw(llama, PROMPTS[:1], n=1, dtype="bfloat16")
+    assert [record.message for record in caplog.records] == (
+        [] if native else ["this CPU has no bfloat16 products, so that float32 is faster on it"]
+    )
+
+
 def test_out_of_memory_makes_the_batch_smaller_and_loses_nothing(
     llama: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sims_lens.twin.attention import Memory
-from sims_lens.twin.linear import PackedLinear, PlainLinear, packs
+from sims_lens.twin.linear import PackedLinear, PlainLinear, one_row_will_do, packs
 
 Points = Mapping[str, Any]
 """HookPoints that something is attached to, by their own names: the only ones that a twin need fire."""
@@ -55,7 +55,7 @@ class Twin(ABC):
     @property
     def least_rows(self) -> int:
         """Rows that a batch must have for a row's result not to depend on the others."""
-        return 2 if self.packed else 1
+        return 2 if self.packed and not one_row_will_do() else 1
 
     @abstractmethod
     def logits(
