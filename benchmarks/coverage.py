@@ -43,12 +43,11 @@ def main() -> None:
             print(f"| {name} | {n} | {100 * plain / given.sets:.1f}% | {100 * ours / given.sets:.1f}% |", flush=True)
 
     covered, sets = 0, given.sets // 4
+    # what is wanted is the rate at equal length, averaged over prompts
+    truth = float((1 / (1 + np.exp(-0.8 - np.random.default_rng(1).normal(size=200_000)))).mean())
     for seed in range(sets):
         lengths = rng.normal(10, 8, size=200)
         merit = 1 / (1 + np.exp(-0.8 - rng.normal(0, 1, size=50).repeat(4) - 1.5 * np.tanh(lengths / 8)))
-        # what is wanted is the rate at equal length, averaged over prompts
-        grid = np.random.default_rng(1).normal(0, 1, size=200_000)
-        truth = float((1 / (1 + np.exp(-0.8 - grid))).mean())
         wins = (rng.random(200) < merit).astype(float)
         found = length_controlled_win_rate(wins, lengths, np.arange(50).repeat(4).tolist(), seed=seed)
         covered += found.low <= truth <= found.high

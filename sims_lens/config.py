@@ -50,8 +50,8 @@ class SamplingConfig:
         stop: strings that end a response; they are not part of it.
         batch_rows: sequences decoded side by side, at most. None: as many as help and find room in memory.
         dtype: to decode in, "float32", "bfloat16" or "float16", with a copy of the weights where it is not the
-            model's own. "bfloat16" is nearly twice as fast on a CPU; what it does to results is in ``docs/speed.md``.
-            What is measured while sampling is measured in it too.
+            model's own. "bfloat16" is nearly twice as fast on a CPU that multiplies in it, and slower on others; what
+            it does to results is in ``docs/speed.md``. What is measured while sampling is measured in it too.
     """
 
     responses: int = 4
@@ -198,7 +198,7 @@ class EvaluationConfig:
         samples: responses to each held-out prompt, of each plan.
         measured: of those, how many of each prompt have their perplexity and KL measured. It comes along with
             drawing them where the model has a twin, and costs as much again where not.
-        controls: norm-matched shuffled-label plans, evaluated beside the last iteration.
+        controls: norm-matched shuffled-label plans, evaluated beside the last iteration; a null band takes two.
     """
 
     heldout: float = 0.4

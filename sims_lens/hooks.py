@@ -46,10 +46,8 @@ class _Pass(threading.local):
         self.before: Sequence[int] | None = None
         self.masks: dict[TokenScope, bool | Bool[Tensor, "batch pos"]] = {}
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Pass":
-        made = _Pass()
-        made.__dict__.update(self.__dict__)
-        return made
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Pass, (), dict(self.__dict__)
 
 
 class TokenTracker:

@@ -12,8 +12,10 @@ from jaxtyping import Float
 CONFIDENCE = 0.95
 DRAWS = 2000
 FLIPS = 9999
-POWER = 0.8
+"""Random sign flips of a paired test."""
 
+POWER = 0.8
+"""Share of data sets in which a change that counts as detectable is told from none."""
 
 _Z_CONFIDENCE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 _Z_POWER = NormalDist().inv_cdf(POWER)

@@ -22,7 +22,6 @@ from sims_lens.analysis.ablation import (
     leave_one_out,
     parts_of,
     random_like,
-    sign_flip_p,
     variance_share,
 )
 from sims_lens.behaviour import PairBehaviour
@@ -30,7 +29,7 @@ from sims_lens.errors import ConfigError, ModelError, PlanError, RunError
 from sims_lens.iteration import compose
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.plots import ablation as plots
-from sims_lens.stats import bootstrap_mean, holm
+from sims_lens.stats import bootstrap_mean, holm, sign_flip_p
 
 PAIRS = [(prompt, " aab", " ccd") for prompt in ("It is", "Why?", "So", "A long prompt.", "And", "Rain.", "Now", "Oh")]
 

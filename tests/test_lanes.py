@@ -1,5 +1,6 @@
 """Decoders side by side draw, read and measure what one alone does; nothing stays behind."""
 
+import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -59,7 +60,7 @@ def threads_used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("rows", [None, 6])
 def test_lanes_change_nothing(model: Any, name: str, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, used, found = PLANS[name], threads_used(monkeypatch), []
     for count in (1, 3):
@@ -139,7 +140,7 @@ def test_out_of_memory_in_a_lane_draws_the_rest_anew(model: Any, monkeypatch: py
         return logits(self, tokens, *args, **kwargs)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(kind, "logits", scarce)
-    found = [(s.prompt, s.draw, s) for s in sampler(model, 6).sample(PROMPTS, n=3, plan=NOTHING, seed=0)]
+    found = [(s.prompt, s.draw, s) for s in sampler(model, 12).sample(PROMPTS, n=3, plan=NOTHING, seed=0)]
     assert len(found) == len(expected)
     assert {(prompt, draw): sample for prompt, draw, sample in found} == expected
 
@@ -188,6 +189,39 @@ def test_threads_steer_one_model_side_by_side_each_on_its_own(model: Any) -> Non
         with steered.prompt(6):
             assert torch.equal(model(tokens), found[0])
     assert not torch.equal(found[0], expected)
+
+
+def test_a_limit_on_rows_holds_for_all_lanes_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, widest = Decoder._step, [0]
+
+    def noted(self: Decoder, *args: Any) -> None:
+        widest[0] = max(widest[0], len(self.live))
+        logits(self, *args)
+
+    monkeypatch.setattr(Decoder, "_step", noted)
+    used = threads_used(monkeypatch)
+    list(sampler(model, 6).sample(PROMPTS, n=3, plan=NOTHING, seed=0))
+    assert len(used) >= 3 and widest[0] == 2  # the last lane that is left runs in the main thread
+    used.clear()
+    list(sampler(model, 3).sample(PROMPTS, n=3, plan=NOTHING, seed=0))
+    assert used == {threading.current_thread().name} and widest[0] == 3
+
+
+def test_what_ends_python_ends_the_sampler_too(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_args: Any) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr(Decoder, "_extend", leave)
+    with pytest.raises(SystemExit):
+        list(sampler(model).sample(PROMPTS, n=3, plan=NOTHING, seed=0))
+
+
+def test_a_steered_model_can_be_copied_and_the_copy_has_a_pass_of_its_own(model: Any) -> None:
+    tokens = torch.arange(2, 10)[None]
+    with sims.steering(model, PLANS["generation"]) as steered, torch.no_grad(), steered.prompt(3):
+        expected, copied = model(tokens), copy.deepcopy(model)
+        with steered.prompt(6):
+            assert torch.equal(copied(tokens), expected) and not torch.equal(model(tokens), expected)
 
 
 def test_prompts_are_dealt_out_whole() -> None:

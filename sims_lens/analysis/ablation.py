@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 By = Literal["layer", "iteration", "intervention"]
 Values = Float[np.ndarray, " unit"]
 
-"""Random sign flips of a paired test."""
-
 _STREAM_PROMPTS: Final = 16
 
 
@@ -992,6 +990,5 @@ __all__ = [
     "leave_one_out",
     "parts_of",
     "random_like",
-    "sign_flip_p",
     "variance_share",
 ]

@@ -287,7 +287,10 @@ def _progress(
     intervals = [value(i.evaluation) for i in iterations]
     controls = [value(control) for control in run.controls]
     x = [i.index for i in iterations]
-    subtitle = f"{len(run.indices('heldout'))} held-out prompts, 95% intervals over prompts"
+    band = null_band([c.estimate for c in controls])
+    subtitle = f"{len(run.indices('heldout'))} held-out prompts, 95% intervals over prompts" + (
+        "; in the band one more plan that learnt nothing would lie (95%)" if band else ""
+    )
     figure = titled(go.Figure(), title, subtitle)
     figure.add_scatter(
         x=x,
@@ -317,7 +320,6 @@ def _progress(
             marker={"color": TEXT, "size": 7, "symbol": "diamond"},
             hovertemplate=_hover("shuffled labels %{customdata[2]}", hover, number),
         )
-        band = null_band([c.estimate for c in controls])
         if band is not None:
             figure.add_shape(
                 type="rect",

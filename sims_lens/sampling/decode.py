@@ -126,6 +126,11 @@ class Decoder:
         self.beside_logits: dict[int, Float[Tensor, " d_vocab"]] = {}
 
     @property
+    def finished(self) -> bool:
+        """Whether no row is left to be drawn."""
+        return not self.waiting and all(row is None for row in self.live)
+
+    @property
     def unfinished(self) -> list[Row]:
         """Rows that are not done, from their start: to be drawn again after a mishap."""
         rows = [row for row in self.live if row is not None] + list(self.waiting)
@@ -133,7 +138,7 @@ class Decoder:
 
     def run(self, enough: Callable[[], bool], points: Points, watch: "Watch") -> None:
         """Go on until that is enough, or all rows are in :attr:`done`."""
-        while not enough() and (self.waiting or any(row is not None for row in self.live)):
+        while not enough() and not self.finished:
             self._admit(points, watch)
             if any(row is not None for row in self.live):
                 self._shrink(watch)

@@ -59,8 +59,8 @@ class Lanes:
 
     @property
     def finished(self) -> bool:
-        """Whether no row is left."""
-        return not self.unfinished
+        """Whether no row is left to be drawn."""
+        return all(lane.decoder.finished for lane in self.lanes)
 
     @property
     def unfinished(self) -> list[Row]:
@@ -69,7 +69,7 @@ class Lanes:
 
     def run(self, enough: int, way: Road, tracker: Any) -> None:
         """Go on until ``enough`` rows of all lanes are done, or all that there are, or a lane has failed."""
-        busy = [lane for lane in self.lanes if lane.decoder.unfinished]
+        busy = [lane for lane in self.lanes if not lane.decoder.finished]
         stop = False
 
         def reached() -> bool:
@@ -88,8 +88,10 @@ class Lanes:
                     wait(futures)
                 finally:
                     stop = True  # when this thread is interrupted, the others end their steps
-            thrown = [future.exception() for future in futures]
-            self.failed = next((one for one in thrown if isinstance(one, Exception)), None)
+            for thrown in filter(None, (future.exception() for future in futures)):
+                if not isinstance(thrown, Exception):
+                    raise thrown
+                self.failed = thrown
         for lane in self.lanes:
             self.count.take(lane.decoder.count)
 

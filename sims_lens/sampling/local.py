@@ -25,7 +25,8 @@ from sims_lens.twin import Beside, Bodies, Road, Twin, road
 logger = logging.getLogger("sims_lens")
 
 ROWS = {"cpu": 128, "cuda": 512, "mps": 128}
-"""Rows side by side, at most, where the config leaves it open. On a CPU more don't help: see ``docs/speed.md``."""
+"""Rows side by side in a lane, at most, where the config leaves it open. On a CPU more don't help: see
+``docs/speed.md``."""
 
 _MEMORY_SHARE = 0.5
 """Of the free memory, what the rows' keys and values may take."""
@@ -138,13 +139,14 @@ class LocalSampler:
             raise ModelError(f"nothing can be measured while sampling, because {why}; do it afterwards")
         with self._attached(plan, None):
             way = road(self.model, self._dtype())
+        first = self.road == "not run yet"
         self.road = "twin" if way.twin is not None else f"the model itself, because {way.reason}"
         if way.twin is None:
             logger.warning("sampling on the slow road: %s", way.reason)
             for row in self._slowly(adapter, encoded, rows, plan):
                 yield self._finished(adapter, row), None
             return
-        if way.twin.dtype == torch.bfloat16 and adapter.device.type == "cpu" and not _multiplies_bfloat16():
+        if first and way.twin.dtype == torch.bfloat16 and adapter.device.type == "cpu" and not _multiplies_bfloat16():
             logger.warning("this CPU has no bfloat16 products, so that float32 is faster on it")
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
         ear = None if site is None else Ear(adapter, site)
@@ -155,7 +157,8 @@ class LocalSampler:
         self, adapter: Adapter, job: Job, way: Road, plan: SteeringPlan, ear: Ear | None, *, measured: int
     ) -> Iterator[tuple[Row, Reading | None]]:
         """The fast road: rows as they finish. Between some and the next the model is as it was."""
-        most, bodies = self._rows(adapter, way), self._kept_bodies(way)
+        count, bodies = self._lanes(adapter, way, len(job.rows)), self._kept_bodies(way)
+        most = self._rows(adapter, way, count)
 
         def made(rows: Sequence[Row], twin: Twin) -> Lane:
             size = most
@@ -180,17 +183,16 @@ class LocalSampler:
                 if way.twin is None:
                     raise ModelError(f"the model was changed while it was sampled from: {way.reason}")
                 if lanes is None:
-                    parts = split(job.rows, self._lanes(adapter, way, len(job.rows)))
-                    lanes = Lanes([made(rows, way.twin) for rows in parts], ear)
+                    lanes = Lanes([made(rows, way.twin) for rows in split(job.rows, count)], ear)
                 lanes.run(_AT_ONCE, way, tracker)
             failed = lanes.failed
             self.count.take(lanes.count)
             yield from lanes.take()
             if failed is None:
                 continue
-            if min(most, lanes.size) == 1 or not _out_of_memory(failed):
+            size = lanes.size
+            if size == 1 or not _out_of_memory(failed):
                 raise failed
-            size = min(most, lanes.size)
             most = size // 2
             logger.warning("out of memory with %d rows side by side; going on with %d", size, most)
             job, lanes = replace(job, rows=lanes.unfinished), None
@@ -247,17 +249,17 @@ class LocalSampler:
         """How many decoders side by side: one for each core, where there are rows enough for them."""
         if adapter.device.type != "cpu" or way.watched:
             return 1
-        return max(1, min(torch.get_num_threads(), rows // LANE_ROWS))
+        return max(1, min(torch.get_num_threads(), min(rows, self.config.batch_rows or rows) // LANE_ROWS))
 
-    def _rows(self, adapter: Adapter, way: Road) -> int:
-        """Rows side by side in a lane: what the config says, and what finds room."""
-        most = self.config.batch_rows or ROWS.get(adapter.device.type, 64)
+    def _rows(self, adapter: Adapter, way: Road, lanes: int) -> int:
+        """Rows side by side in each lane: what the config says, and what finds room."""
+        most = self.config.batch_rows // lanes if self.config.batch_rows else ROWS.get(adapter.device.type, 128)
         assert way.twin is not None
         cfg = adapter.cfg
         heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         size = torch.empty(0, dtype=way.twin.dtype).element_size()
         each = 2 * adapter.n_layers * heads * cfg.d_head * self.config.max_new_tokens * size + 16 * cfg.d_vocab
-        return max(1, min(most, int(_MEMORY_SHARE * _free_memory(adapter.device) / each)))
+        return max(1, min(most, int(_MEMORY_SHARE * _free_memory(adapter.device) / each / lanes)))
 
     @contextmanager
     def _attached(self, plan: SteeringPlan, ear: Ear | None) -> Iterator[Any]:
