@@ -1,7 +1,7 @@
 """Lanes: on a CPU with several cores, several decoders side by side, each with its own rows and its share of the cores.
 
-Products of small matrices, norms, softmaxes and Python itself gain little from a second core; a second decoder gains
-all of it. A row's result does not depend on its lane.
+Products of small matrices, norms, softmaxes and Python itself gain little from a second core; a second decoder can
+use the whole of it. A row's result does not depend on its lane.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,8 @@ from sims_lens.sampling.decode import Decoder, Row, TokenCount
 from sims_lens.sampling.reading import Ear, Following, Reader, Reading
 from sims_lens.twin import Road
 
-LANE_ROWS = 32
-"""Rows that a lane must have to be worth its while: every step of a lane reads all weights."""
+LANE_ROWS = 64
+"""Rows that a lane must have to be worth its while: every step of a lane reads all weights. See ``docs/speed.md``."""
 
 
 @dataclass
