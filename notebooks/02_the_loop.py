@@ -116,7 +116,7 @@ config = sims.SIMSConfig(
     iterations=2,
     sampling=sampling,
     steering=sims.SteeringConfig(layers=(22,)),
-    evaluation=sims.EvaluationConfig(validation=0.0, controls=2, samples=2, measured=1),
+    evaluation=sims.EvaluationConfig(validation=0.0, controls=3, samples=2, measured=1),
 )
 run = sims.improve(model, prompts, ranker=ranker, config=config, out="runs/loop")
 run

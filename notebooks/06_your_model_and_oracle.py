@@ -71,7 +71,7 @@ config = sims.SIMSConfig(
     iterations=2,
     sampling=sims.SamplingConfig(max_new_tokens=20),
     steering=sims.SteeringConfig(layers=(20,)),
-    evaluation=sims.EvaluationConfig(validation=0.0, controls=2, samples=2, measured=1),
+    evaluation=sims.EvaluationConfig(validation=0.0, controls=3, samples=2, measured=1),
 )
 run = sims.improve(
     embedded, prompts, ranker=short_words, evaluator=sims.ReadingEase(), config=config, out="runs/short-words"

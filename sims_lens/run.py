@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_FEW = " With so few the band is wide: five or more (evaluation.controls) tell more."
+
+
 @dataclass(frozen=True)
 class Iteration:
     """One finished turn of the loop.
@@ -255,7 +258,7 @@ class Run:
         return (
             f"{text} Its effect, {effect:+.3g}, {relation} the null band [{band.low:+.3g}, {band.high:+.3g}]: there "
             f"lie 19 of 20 plans of this norm that learnt nothing, by {len(self.controls)} shuffled-label controls."
-            f"{self._independent_verdict()}"
+            f"{_FEW if len(self.controls) < 5 else ''}{self._independent_verdict()}"
         )
 
     def _independent_verdict(self) -> str:
