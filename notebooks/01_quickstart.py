@@ -95,8 +95,9 @@ run
 
 # %% [markdown]
 # Win rate against the base model on held-out prompts. The diamonds are vectors of the same norm fitted to shuffled
-# labels; in the band one more of them would lie with 95% probability, so an effect within it is no evidence of learning.
-# Runs this small have wide intervals, and three controls a wide band: the full-size run has five, and 50 prompts.
+# labels; in the band one more of them would lie with 95% probability, so an effect within it is no evidence of
+# learning. Runs this small have wide intervals, and three controls a wide band: the full-size run has five, and 50
+# prompts.
 
 # %%
 sims.plots.win_rate(run)
