@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sims_lens.cost import Arithmetic
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.plan import Provenance
 from sims_lens.sites import hook_name
@@ -80,6 +81,23 @@ class Adapter(ABC):
             weight_processing=self._weight_processing(),
             n_layers=self.n_layers,
             d_model=self.d_model,
+        )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Floating-point operations of a forward pass, by the model's config: of a mixture of experts those that a
+        token goes to."""
+        cfg = self.cfg
+        d_model, n_heads, d_head = self.d_model, int(cfg.n_heads), int(cfg.d_head)
+        n_kv = int(getattr(cfg, "n_key_value_heads", None) or n_heads)
+        mlp = 0 if getattr(cfg, "attn_only", False) else d_model * int(cfg.d_mlp) * (3 if cfg.gated_mlp else 2)
+        if experts := getattr(cfg, "num_experts", None):
+            mlp = mlp * int(cfg.experts_per_token or 1) + d_model * int(experts)
+        attention = d_model * d_head * (2 * n_heads + 2 * n_kv)
+        return Arithmetic(
+            blocks=2.0 * self.n_layers * (attention + mlp),
+            attention=4.0 * self.n_layers * n_heads * d_head,
+            unembed=2.0 * d_model * int(cfg.d_vocab),
         )
 
     # Text and tokens

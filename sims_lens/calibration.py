@@ -10,7 +10,6 @@ Unsteered and steered responses, at every factor, are drawn with the same unifor
 
 import html
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ import numpy as np
 from sims_lens.adapter import adapt, check_lengths
 from sims_lens.behaviour import PairBehaviour, encode_pairs
 from sims_lens.config import SamplingConfig
+from sims_lens.cost import Cost, Meter, cost_text, forced_count
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError, PlanError, PromptError
 from sims_lens.evaluate import Effect, Evaluation, evaluate, side_effects
@@ -183,7 +183,7 @@ class Calibration:
         prompts: how many prompts each split has, calibration first.
         responses: to each prompt, at each point.
         seed: of the splits and of sampling.
-        cost: seconds and tokens by phase.
+        cost: what each phase took.
         steering: the chosen plan; None where none was chosen, or where this was read from JSON without it.
     """
 
@@ -196,7 +196,7 @@ class Calibration:
     prompts: tuple[int, int]
     responses: int
     seed: int
-    cost: dict[str, dict[str, float]]
+    cost: dict[str, Cost]
     steering: SteeringPlan | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -294,7 +294,7 @@ class Calibration:
             "prompts": list(self.prompts),
             "responses": self.responses,
             "seed": self.seed,
-            "cost": self.cost,
+            "cost": {phase: spent.to_json() for phase, spent in self.cost.items()},
         }
 
     @classmethod
@@ -316,7 +316,7 @@ class Calibration:
             prompts=(calibration, report),
             responses=data["responses"],
             seed=data["seed"],
-            cost=data["cost"],
+            cost={phase: Cost.from_json(spent) for phase, spent in data["cost"].items()},
             steering=plan,
         )
 
@@ -355,9 +355,7 @@ class Calibration:
 
     def _conclusion(self) -> list[str]:
         reason = self.reason if self.chosen else f"none; {self.reason}"
-        seconds = sum(spent.get("seconds", 0.0) for spent in self.cost.values())
-        tokens = sum(spent.get(kind, 0.0) for spent in self.cost.values() for kind in ("prefill", "decode"))
-        return [f"Chosen: {reason}.", self.verdict, f"Cost: {seconds:.0f} s, {tokens:,.0f} tokens."]
+        return [f"Chosen: {reason}.", self.verdict, cost_text(self.cost)]
 
     def __repr__(self) -> str:
         cells = self._cells()
@@ -442,7 +440,7 @@ def calibrate(
     check_lengths(adapt(model), texts, sampling.max_new_tokens)
     plans = {name: resolve(model, _scalable(name, each)) for name, each in _named(plan).items()}
 
-    cost: dict[str, dict[str, float]] = {}
+    cost: dict[str, Cost] = {}
     most = len(grid) + refine
     total = sampling.responses * (len(first) * (1 + len(plans) * most) + 2 * len(second))
     with Progress(total, show=progress) as bar:
@@ -507,11 +505,12 @@ class _Bench:
         sampling: SamplingConfig,
         seed: int,
         bar: Progress,
-        cost: dict[str, dict[str, float]],
+        cost: dict[str, Cost],
     ) -> None:
         self.model, self.prompts, self.ranker, self.behaviour = model, prompts, ranker, behaviour
         self.sampling, self.seed, self.bar, self.cost = sampling, seed, bar, cost
         self.adapter, self.sampler = adapt(model), LocalSampler(model, sampling)
+        self.encoded = [self.adapter.encode(prompt) for prompt in prompts]
         bar.phase("unsteered")
         self.base = self.drawn(NOTHING)
         if not any(s.tokens for s in self.base):
@@ -542,18 +541,14 @@ class _Bench:
     def drawn(self, plan: SteeringPlan) -> list[Sample]:
         """Responses under a plan with their fluency."""
         samples = []
-        before = replace(self.sampler.count)
-        with self.spending("sample") as cost:
+        with self.spending("sample", self.sampler):
             for sample in self.sampler.sample(self.prompts, n=self.sampling.responses, plan=plan, seed=self.seed):
                 samples.append(sample)
                 self.bar.advance(1)
-            cost["prefill"] = self.sampler.count.prefill - before.prefill
-            cost["decode"] = self.sampler.count.decode - before.decode
-        with self.spending("measure") as cost:
+        with self.spending("measure") as meter:
             samples = side_effects(self.model, self.prompts, samples, plan)
-            passes = 2 if plan.interventions else 1
-            read = sum(len(self.adapter.encode(p)) for p in self.prompts) + sum(len(s.tokens) for s in samples)
-            cost["prefill"] = passes * read
+            for _ in range(2 if plan.interventions else 1):
+                meter.add(forced_count(self.encoded, [(s.prompt, s.tokens) for s in samples]))
         if not any(s.tokens for s in samples):
             return samples
         return [s if s.tokens else replace(s, nll=None, kl=None) for s in samples]
@@ -565,7 +560,7 @@ class _Bench:
         if self.ranker is None:  # the effect is the behaviour's; these scores are not looked at
             scores: list[tuple[float, ...]] = [(0.0,) * len(group) for group in both]
         else:
-            with self.spending("rank"):
+            with self.spending("rank", self.ranker):
                 asked = [(self.prompts[group[0].prompt], [s.text for s in group]) for group in both]
                 scores = self.ranker.rank_all(asked)
         split = [
@@ -603,15 +598,14 @@ class _Bench:
         )
 
     @contextmanager
-    def spending(self, phase: str) -> Iterator[dict[str, float]]:
-        spent: dict[str, float] = {}
-        start = time.perf_counter()
+    def spending(self, phase: str, counts: object = None) -> Iterator[Meter]:
+        """Add what a phase took; ``counts`` is what counts its tokens, a sampler or a ranker."""
+        meter = Meter(getattr(counts, "count", None), self.adapter.arithmetic)
         try:
-            yield spent
+            with meter:
+                yield meter
         finally:
-            total = self.cost.setdefault(phase, {})
-            for key, value in {"seconds": time.perf_counter() - start, **spent}.items():
-                total[key] = total.get(key, 0.0) + value
+            self.cost[phase] = self.cost.get(phase, Cost()) + meter.cost
 
 
 def _checked_grid(factors: Sequence[float], refine: int, report: float) -> tuple[float, ...]:

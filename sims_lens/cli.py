@@ -439,7 +439,7 @@ def summary(run: "Run") -> dict[str, Any]:
         "null_band": run.null_band.to_json() if run.null_band else None,
         "beats_controls": run.beats_controls,
         "adjusted_p": run.adjusted_p(),
-        "cost": run.cost,
+        "cost": {phase: spent.to_json() for phase, spent in run.cost.items()},
         "verdict": run.verdict(),
     }
 

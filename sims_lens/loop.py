@@ -3,7 +3,6 @@
 import hashlib
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from sims_lens.adapter import Adapter, adapt, check_lengths
 from sims_lens.auditing import Audit, audit, audit_pairs, is_judge
 from sims_lens.bank import MemoryBank, diagnose, plan_digest, select_pairs
 from sims_lens.config import SIMSConfig
+from sims_lens.cost import Meter, TokenCount, forced_count
 from sims_lens.data import ContrastPair, Sample, by_prompt
 from sims_lens.errors import PromptError, RankerError, RunError
 from sims_lens.evaluate import Evaluation, evaluate, side_effects
@@ -188,6 +188,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.adapter = adapt(self.model)
+        self.encoded = [self.adapter.encode(prompt) for prompt in self.prompts]
         self.bar = Progress(0, show=False)
         self._drawn: set[tuple[Path, str]] = set()
 
@@ -257,7 +258,7 @@ class _Loop:
                 )
             groups = groups[: wanted.audit_prompts]
             self.bar.phase(f"auditing {self.ranker.name} on {len(groups)} prompts")
-            with self.spending(folder, "audit"):
+            with self.spending(folder, "audit", self.ranker):
                 found = audit(
                     self.ranker,
                     [self.prompts[group[0].prompt] for group in groups],
@@ -326,20 +327,17 @@ class _Loop:
 
         def asked_again() -> dict[str, Any]:
             self.bar.phase(f"{name}: auditing {self.ranker.name} on {len(contrast.pairs)} pairs")
-            with self.spending(folder, "audit"):
+            with self.spending(folder, "audit", self.ranker):
                 return audit_pairs(self.ranker, self.prompts, contrast.pairs).to_json()
 
         def make() -> Mapping[str, Tensor]:
             self.bar.phase(f"{name}: reading {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
-            with self.spending(folder, "capture") as cost:
+            with self.spending(folder, "capture") as meter:
                 readings = self.readings(folder)
                 fit = fit_contrast(self.model, self.prompts, contrast, plan, config, seed=seed, readings=readings)
-                cost["prefill"] = sum(
-                    len(self.adapter.encode(self.prompts[p.prompt])) + len(s.tokens)
-                    for p in contrast.pairs
-                    for s in (p.best, p.worst)
-                    if readings is None
-                )
+                if readings is None:
+                    read = [(p.prompt, s.tokens) for p in contrast.pairs for s in (p.best, p.worst)]
+                    meter.add(TokenCount.forced(len(self.encoded[prompt]) + len(tokens) for prompt, tokens in read))
             return asdict(fit)
 
         audited = folder.json("audit", asked_again) if config.ranking.audit != "off" and contrast.pairs else None
@@ -369,7 +367,7 @@ class _Loop:
 
         def make() -> list[list[float]]:
             self.bar.phase(f"{name}: ranking {len(bank)} responses of all iterations")
-            with self.spending(folder, "rank"):
+            with self.spending(folder, "rank", self.ranker):
                 asked = [(self.prompts[i], [e.sample.text for e in entries]) for i, entries in groups.items()]
                 return [list(scores) for scores in self.ranker.rank_all(asked)]
 
@@ -464,8 +462,7 @@ class _Loop:
         def draw() -> Iterator[Sample]:
             self.bar.phase(f"{what}: sampling")
             self._drawn.add((folder.final, name))
-            before = replace(self.sampler.count)
-            with self.spending(folder, "sample") as cost:
+            with self.spending(folder, "sample", self.sampler):
                 for count, indices in sorted(groups.items()):
                     for sample, read in sampled([self.prompts[i] for i in indices], count):
                         self.bar.advance(1)
@@ -474,8 +471,6 @@ class _Loop:
                         yield replace(sample, prompt=indices[sample.prompt])
                 if found:  # before the samples, which say that this step is done
                     write_tensors(folder.path / "readings.safetensors", asdict(Readings.of(found)))
-                cost["prefill"] = self.sampler.count.prefill - before.prefill
-                cost["decode"] = self.sampler.count.decode - before.decode
 
         return folder.samples(f"{name}.responses", draw)
 
@@ -499,7 +494,7 @@ class _Loop:
         def score() -> list[Sample]:
             drawn = self.responses(folder, name, split, plan, n=n, seed=seed, what=what)
             self.bar.phase(f"{what}: ranking with {self.ranker.name}")
-            with self.spending(folder, "rank"), judging or nullcontext():
+            with self.spending(folder, "rank", self.ranker), judging or nullcontext():
                 return rank(self.ranker, self.prompts, drawn)
 
         samples = folder.samples(name, score)
@@ -521,19 +516,18 @@ class _Loop:
             )
             self.bar.phase(f"{what}: perplexity and KL")
             first = [s for s in scored if s.draw < self.config.evaluation.measured and s.nll is None]
-            with self.spending(folder, "measure") as cost:
+            with self.spending(folder, "measure") as meter:
                 measured = side_effects(self.model, self.prompts, first, plan) if first else []
-                passes = 2 if plan.interventions else 1
-                prompts = {s.prompt for s in first}
-                cost["prefill"] = passes * (
-                    sum(len(self.adapter.encode(self.prompts[i])) for i in prompts) + sum(len(s.tokens) for s in first)
-                )
+                places = {prompt: place for place, prompt in enumerate(dict.fromkeys(s.prompt for s in first))}
+                for _ in range(2 if plan.interventions else 1):
+                    rows = [(places[s.prompt], s.tokens) for s in first]
+                    meter.add(forced_count([self.encoded[prompt] for prompt in places], rows))
             found = {(s.prompt, s.draw): s for s in measured}
             whole = [found.get((s.prompt, s.draw), s) for s in scored]
             if self.evaluator is None:
                 return whole
             self.bar.phase(f"{what}: judging with {self.evaluator.name}")
-            with self.spending(folder, "evaluator"):
+            with self.spending(folder, "evaluator", self.evaluator):
                 second = rank(self.evaluator, self.prompts, whole)
             judged = {(s.prompt, s.draw): s.score for s in second}
             return [replace(s, independent=judged[s.prompt, s.draw]) for s in whole]
@@ -551,13 +545,14 @@ class _Loop:
             folder.finish()
 
     @contextmanager
-    def spending(self, folder: Folder, phase: str) -> Iterator[dict[str, float]]:
-        cost: dict[str, float] = {}
-        start = time.perf_counter()
+    def spending(self, folder: Folder, phase: str, counts: object = None) -> Iterator[Meter]:
+        """Write down what a phase took; ``counts`` is what counts its tokens, a sampler or a ranker."""
+        meter = Meter(getattr(counts, "count", None), self.adapter.arithmetic)
         try:
-            yield cost
+            with meter:
+                yield meter
         finally:
-            folder.spend(phase, {"seconds": time.perf_counter() - start, **cost})
+            folder.spend(phase, meter.cost)
 
     def _provenance(self, source: str) -> Any:
         return replace(

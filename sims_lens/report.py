@@ -9,11 +9,12 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sims_lens.cost import JUDGING, Cost, judge_tokens, total
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
 from sims_lens.evaluate import Evaluation
@@ -274,13 +275,22 @@ def _cost(run: Run) -> Iterator[str]:
     if not run.cost:
         return
     yield "<h2>Cost</h2>"
-    rows = [
-        (phase, f"{spent.get('seconds', 0.0):.1f}", *(f"{spent.get(k, 0):,.0f}" for k in ("prefill", "decode")))
-        for phase, spent in run.cost.items()
-    ]
-    totals = [sum(spent.get(k, 0.0) for spent in run.cost.values()) for k in ("seconds", "prefill", "decode")]
-    rows.append(("all", f"{totals[0]:.1f}", *(f"{total:,.0f}" for total in totals[1:])))
-    yield _table(("phase", "seconds", "tokens read (prefill)", "tokens written (decode)"), rows)
+    yield (
+        '<p class="note">Operations of the model’s matrix products, a multiply and an add counted as two; a judge that '
+        "is another model is not in them. Memory is what the whole process had taken at most.</p>"
+    )
+
+    def row(phase: str, spent: Cost, judge: int) -> tuple[str, ...]:
+        own = (0, 0) if phase in JUDGING else (spent.prefill, spent.decode)
+        tokens = (f"{count:,}" for count in (*own, judge))
+        return phase, f"{spent.seconds:.1f}", *tokens, f"{spent.flops / 1e12:,.2f}", f"{spent.peak / 1e9:.1f}"
+
+    rows = [row(phase, spent, judge_tokens({phase: spent})) for phase, spent in run.cost.items()]
+    own = total({phase: spent for phase, spent in run.cost.items() if phase not in JUDGING})
+    whole = replace(total(run.cost), prefill=own.prefill, decode=own.decode)
+    rows.append(row("all", whole, judge_tokens(run.cost)))
+    head = ("phase", "seconds", "tokens read (prefill)", "tokens written (decode)", "tokens of a judge")
+    yield _table((*head, "TFLOP", "peak memory, GB"), rows)
 
 
 def _configuration(run: Run) -> Iterator[str]:

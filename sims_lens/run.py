@@ -13,6 +13,7 @@ from torch import Tensor
 from sims_lens.auditing import Audit, PairAudit
 from sims_lens.bank import PairDiagnostics
 from sims_lens.config import SIMSConfig
+from sims_lens.cost import Cost, cost_text
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RunError
 from sims_lens.evaluate import Effect, Evaluation
@@ -78,7 +79,7 @@ class Run:
         controls: norm-matched shuffled-label plans on the held-out prompts; empty until the run is complete.
         audit: how far the ranker can be trusted, by the first responses; None where it was not asked.
         choice: for each layer that "auto" tried, its evaluation on the validation prompts; empty otherwise.
-        cost: seconds and tokens by phase.
+        cost: what each phase took.
     """
 
     path: Path
@@ -93,7 +94,7 @@ class Run:
     controls: tuple[Evaluation, ...]
     audit: Audit | None
     choice: dict[int, Evaluation]
-    cost: dict[str, dict[str, float]]
+    cost: dict[str, Cost]
 
     @property
     def plan(self) -> SteeringPlan:
@@ -324,15 +325,6 @@ def table_text(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def cost_text(cost: dict[str, dict[str, float]]) -> str:
-    """Seconds and tokens by phase, in one line."""
-    parts = []
-    for phase, spent in cost.items():
-        tokens = ", ".join(f"{int(spent[k]):,} {k}" for k in ("prefill", "decode") if spent.get(k))
-        parts.append(f"{phase} {spent.get('seconds', 0.0):.0f} s" + (f" ({tokens} tokens)" if tokens else ""))
-    return "Cost: " + "; ".join(parts) if parts else "Cost: nothing yet"
-
-
 def open_run(path: str | Path) -> Run:
     """Read a run directory: the same object that :func:`sims_lens.improve` returned.
 
@@ -363,14 +355,10 @@ def open_run(path: str | Path) -> Run:
         )
     controls, choice, audit = store.folder("controls"), store.folder("choice"), store.folder("audit")
     folders = [audit, base, choice, *(store.iteration(i.index) for i in iterations), controls]
-    cost: dict[str, dict[str, float]] = {}
+    cost: dict[str, Cost] = {}
     for folder in folders:
-        for phase, spent in (
-            read_json(folder.path / "cost.json").items() if (folder.path / "cost.json").is_file() else ()
-        ):
-            total = cost.setdefault(phase, {})
-            for key, value in spent.items():
-                total[key] = total.get(key, 0.0) + float(value)
+        for phase, spent in folder.costs().items():
+            cost[phase] = cost.get(phase, Cost()) + spent
     return Run(
         path=store.path,
         config=config,

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sims_lens.cost import Cost
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
 
@@ -91,13 +92,16 @@ class Folder:
         """Delete a file that a later step has made superfluous."""
         (self.path / name).unlink(missing_ok=True)
 
-    def spend(self, phase: str, cost: Mapping[str, float]) -> None:
+    def spend(self, phase: str, cost: Cost) -> None:
         """Add to ``cost.json`` what a phase took, so that it is known after an interruption too."""
-        costs = read_json(self.path / "cost.json") if (self.path / "cost.json").is_file() else {}
-        spent = costs.setdefault(phase, {})
-        for name, amount in cost.items():
-            spent[name] = spent.get(name, 0) + amount
-        write_json(self.path / "cost.json", costs)
+        costs = self.costs()
+        costs[phase] = costs.get(phase, Cost()) + cost
+        write_json(self.path / "cost.json", {name: spent.to_json() for name, spent in costs.items()})
+
+    def costs(self) -> dict[str, Cost]:
+        """What the phases took so far."""
+        file = self.path / "cost.json"
+        return {name: Cost.from_json(spent) for name, spent in read_json(file).items()} if file.is_file() else {}
 
     def finish(self) -> None:
         """Every step is there: the folder gets its name."""

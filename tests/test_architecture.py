@@ -15,7 +15,8 @@ ROOT = Path(sims_lens.__file__).parent
 
 # What docs/architecture.md draws: a module imports only from levels below its own, or beside it in its own folder.
 LEVELS = {
-    0: ["errors", "sites", "scope", "data", "config", "stats", "estimators", "prompts", "progress", "transforms"],
+    0: ["errors", "sites", "scope", "data", "config", "cost", "stats", "progress"]
+    + ["estimators", "prompts", "transforms"],
     1: ["plan", "contrast", "store", "moments"],
     2: ["adapter", "bank", "selection", "hub"],
     3: ["models", "twin", "capture_store"],

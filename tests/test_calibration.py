@@ -169,7 +169,7 @@ def test_the_choice_is_the_largest_effect_within_the_budget(llama: Any) -> None:
     (intervention,) = found.plan.interventions
     assert intervention.coefficient == pytest.approx(0.3 * found.chosen.factor) == found.chosen.coefficient
     assert found.prompts == (8, 8) and found.units == "residual_norm" and found.objective == "share_of_e"
-    assert found.cost["sample"]["decode"] > 0 and found.cost["measure"]["prefill"] > 0 and "rank" in found.cost
+    assert found.cost["sample"].decode > 0 and found.cost["measure"].prefill > 0 and "rank" in found.cost
     kls = [p.evaluation.kl.estimate for p in found.curve]
     assert kls == sorted(kls)
 

@@ -118,7 +118,7 @@ def test_a_run_holds_what_it_promises(run: sims.Run) -> None:
     header = json.loads((run.path / "run.json").read_text())
     assert header["config"]["iterations"] == 2 and header["versions"]["transformer-lens"]
     assert {"sample", "capture", "measure", "rank"} <= set(run.cost)
-    assert run.cost["sample"]["decode"] > 0 and run.cost["measure"]["prefill"] == 0  # measured while sampling
+    assert run.cost["sample"].decode > 0 and run.cost["measure"].prefill == 0  # measured while sampling
     train = run.samples(1, "train")
     assert len(train) == 3 * len(run.indices("train")) and all(s.score is not None for s in train)
     assert {s.prompt for s in train} == set(run.indices("train"))

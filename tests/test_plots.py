@@ -11,6 +11,7 @@ import torch
 from sims_lens import plots
 from sims_lens.bank import diagnose
 from sims_lens.config import EvaluationConfig, SIMSConfig
+from sims_lens.cost import Cost
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
 from sims_lens.estimators import unit
@@ -88,7 +89,7 @@ def write_run(
 
     def finish(folder: Folder, metrics: object, seconds: float) -> None:
         folder.json("metrics", lambda: metrics)
-        folder.spend("sample", {"seconds": seconds, "prefill": 1000.0, "decode": 2345.0})
+        folder.spend("sample", Cost(seconds=seconds, prefill=1000, decode=2345, flops=3e12, peak=2 * 10**9))
         folder.finish()
 
     base = samples(0.0)

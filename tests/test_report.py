@@ -13,9 +13,10 @@ import pytest
 from test_plots import write_run
 
 from sims_lens import report
+from sims_lens.cost import cost_text
 from sims_lens.errors import RunError
 from sims_lens.report import write_report
-from sims_lens.run import Run, cost_text
+from sims_lens.run import Run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\" onload=\"alert(3)<!-- &lt; </td></title>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -141,7 +142,8 @@ def test_layer_choice_pairs_cost_and_config_are_there(run: Run, page: Page) -> N
     assert [row[1] for row in tables["layer"]] == [str(run.choice[layer].win_rate) for layer in (7, 8, 11)]
     assert [row[:2] for row in tables["iteration"]] == [["1", "29"], ["2", "28"], ["3", "27"]]
     (cost,) = (row for row in tables["phase"] if row[0] == "sample")
-    assert f"{cost[3]} decode" in cost_text(run.cost)
+    assert f"{cost[3]} decode" in cost_text(run.cost) and cost[5] == "18.00" and "18.0 TFLOP" in cost_text(run.cost)
+    assert cost[6] == "2.0"
     assert json.dumps(run.config.to_json(), indent=2, sort_keys=True) in page.text
     assert '"python": "3.11.7"' in page.text
 

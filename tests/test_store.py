@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sims_lens.cost import Cost
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
 from sims_lens.store import Folder, RunStore, read_jsonl, write_bytes, write_json, write_jsonl
@@ -57,9 +58,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 def test_cost_adds_up_over_interruptions(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "a")
-    folder.spend("sample", {"seconds": 1.0, "decode": 10})
-    folder.spend("sample", {"seconds": 2.0})
-    assert folder.json("cost", dict) == {"sample": {"seconds": 3.0, "decode": 10}}
+    folder.spend("sample", Cost(seconds=1.0, decode=10, peak=7))
+    folder.spend("sample", Cost(seconds=2.0, peak=5))
+    assert folder.json("cost", dict) == {"sample": {"seconds": 3.0, "decode": 10, "peak": 7}}
+    assert folder.costs() == {"sample": Cost(seconds=3.0, decode=10, peak=7)}
 
 
 @pytest.mark.parametrize("content", ['{"prompt": 1', '{"prompt": 1}\n', "[1]\n", '"x"\n'])

@@ -5,14 +5,13 @@ quality. :func:`audit` finds that out before anything is learnt, from prompts an
 is the light form for the contrast pairs of one iteration.
 """
 
-from sims_lens.auditing.ask import Cost, is_judge
+from sims_lens.auditing.ask import is_judge
 from sims_lens.auditing.measure import audit, audit_pairs
 from sims_lens.auditing.result import MEASURES, Audit, MarginBand, Measure, PairAudit, Verdict
 
 __all__ = [
     "MEASURES",
     "Audit",
-    "Cost",
     "MarginBand",
     "Measure",
     "PairAudit",

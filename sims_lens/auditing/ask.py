@@ -1,42 +1,19 @@
 """Asking a ranker for an audit: past its memory where need be, with what it offers beside scores, and with a meter."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.cost import Cost, counted
 from sims_lens.errors import RankerError
 from sims_lens.prompts import quote
 from sims_lens.rankers.base import CheckedRanker, Item, as_ranker
 from sims_lens.rankers.cache import CachedRanker
 from sims_lens.rankers.ensemble import Ensemble
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What asking took.
-
-    Args:
-        calls: lists of responses that were ranked, and matrices.
-        seconds: of wall-clock time.
-        prefill, decode: tokens that were read and written, for a ranker that counts them; 0 otherwise.
-    """
-
-    calls: int = 0
-    seconds: float = 0.0
-    prefill: int = 0
-    decode: int = 0
-
-    def __str__(self) -> str:
-        text = f"{self.calls} calls, {self.seconds:.1f} s"
-        tokens = self.prefill + self.decode
-        if not tokens:
-            return text
-        return f"{text}, {self.prefill:,} prefill and {self.decode:,} decode tokens ({tokens / self.calls:.0f} a call)"
 
 
 class Asker:
@@ -93,7 +70,8 @@ class Asker:
             self.seconds += time.perf_counter() - start
 
     def _tokens(self) -> tuple[int, int]:
-        return _spent(getattr(self.checked, "count", None))
+        spent = counted(getattr(self.checked, "count", None))
+        return spent.prefill, spent.decode
 
 
 def is_judge(ranker: object) -> bool:
@@ -106,20 +84,6 @@ def is_judge(ranker: object) -> bool:
     if isinstance(ranker, CachedRanker):
         return is_judge(ranker.ranker)
     return isinstance(ranker, Ensemble) and any(is_judge(member) for member, _ in ranker.members)
-
-
-def _spent(count: object) -> tuple[int, int]:
-    """Tokens read and written, from a ranker's ``count``: attributes, entries, or those of an ensemble's members."""
-    if not isinstance(count, Mapping):
-        return _whole(getattr(count, "prefill", 0)), _whole(getattr(count, "decode", 0))
-    members = [_spent(entry) for entry in count.values() if not isinstance(entry, int | float)]
-    read = _whole(count.get("prefill", 0)) + _whole(count.get("tokens", 0))
-    written = _whole(count.get("decode", 0))
-    return read + sum(member[0] for member in members), written + sum(member[1] for member in members)
-
-
-def _whole(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) else 0
 
 
 def _checked_matrix(where: str, given: Any, count: int) -> Float[np.ndarray, "response response"]:

@@ -38,11 +38,11 @@ number.
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from sims_lens.auditing.agreement import rate_interval
-from sims_lens.auditing.ask import Cost
+from sims_lens.cost import Cost
 from sims_lens.stats import Interval, interval_from
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class Audit:
             **measures,
             reference_by_margin=tuple(bands),
             comparisons=dict(data["comparisons"]),
-            cost=Cost(**data["cost"]),
+            cost=Cost.from_json(data["cost"]),
         )
 
     def __repr__(self) -> str:
@@ -309,7 +309,7 @@ class PairAudit:
     def from_json(cls, data: Mapping[str, Any]) -> "PairAudit":
         """The inverse of :meth:`to_json`."""
         figures: dict[str, Any] = {name: _interval(data[name]) for name, _, _ in _PAIR_FIGURES}
-        return cls(data["ranker"], data["reference"], data["pairs"], **figures, cost=Cost(**data["cost"]))
+        return cls(data["ranker"], data["reference"], data["pairs"], **figures, cost=Cost.from_json(data["cost"]))
 
     def __repr__(self) -> str:
         return f"{self._about()}\n{as_text(_HEAD[:2], self._cells())}"
@@ -460,7 +460,7 @@ def as_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return value.to_json()
-    return asdict(value) if isinstance(value, Cost) else value
+    return value.to_json() if isinstance(value, Cost) else value
 
 
 def _interval(data: Any) -> Interval | None:

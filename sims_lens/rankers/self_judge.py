@@ -34,12 +34,13 @@ from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.config import SamplingConfig
+from sims_lens.cost import TokenCount, forced_count
 from sims_lens.errors import RankerError
 from sims_lens.hooks import SteeringModule, steering
 from sims_lens.plan import NOTHING
 from sims_lens.prompts import quote
 from sims_lens.rankers.tournament import averaged_over_orders, bradley_terry, mean_win_rate, schedule
-from sims_lens.sampling import LocalSampler, TokenCount
+from sims_lens.sampling import LocalSampler
 from sims_lens.sampling.draw import uniforms
 from sims_lens.twin import response_logits
 
@@ -369,7 +370,7 @@ class BoundJudge:
             prompts = {(index, sign): ids for index, sign, _, ids, _ in batch}
             rows = [(places.index((index, sign)), answer) for index, sign, _, _, answer in batch]
             logits = response_logits(self.model, [prompts[place] for place in places], rows)
-            self.count.prefill += sum(map(len, prompts.values())) + sum(max(0, len(a) - 1) for _, a in rows)
+            self.count.take(forced_count([prompts[place] for place in places], rows))
             for (index, sign, k, _, answer), row in zip(batch, logits, strict=True):
                 if answer:
                     targets = torch.tensor(answer, device=row.device)[:, None]
@@ -442,8 +443,7 @@ class BoundJudge:
                 for rank, place in enumerate(places):
                     score[order[place]] = (k - 1 - rank) / (k - 1)
                 points[index].append(score)
-            self.count.prefill += sampler.count.prefill
-            self.count.decode += sampler.count.decode
+            self.count.take(sampler.count)
         return [
             np.mean(found, axis=0).tolist() if found else [0.5] * len(responses)
             for found, (_, responses) in zip(points, items, strict=True)
@@ -540,7 +540,7 @@ def next_logits(
             cache = adapter.new_cache(len(batch))
             with steered.prompt(ids.shape[1] + 1):
                 adapter.logits(ids, mask, keep=1, cache=cache)
-            count.prefill += sum(common for _, common in batch)
+            count.take(TokenCount.forced(common for _, common in batch))
             jobs = [(place, g, r, row[common:]) for place, (family, common) in enumerate(batch) for g, r, row in family]
             jobs.sort(key=lambda job: len(job[3]))
             for part in _batches(jobs, [len(rest) for *_, rest in jobs], batch_tokens):
@@ -554,7 +554,9 @@ def next_logits(
                     logits = adapter.logits(
                         padded, whole, keep=width - shortest + 1, cache=adapter.select_rows(cache, rows)
                     )
-                count.prefill += sum(lengths)
+                ran = TokenCount.forced(lengths, logits=len(lengths) * (width - shortest + 1))
+                ran.attended += sum(int(mask[row].sum()) * length for row, length in zip(rows, lengths, strict=True))
+                count.take(ran)
                 for row, (_, g, r, rest) in enumerate(part):
                     yield g, r, logits[row, len(rest) - shortest, wanted].float()
 

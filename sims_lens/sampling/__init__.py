@@ -1,7 +1,7 @@
 """Drawing responses from a model, steered or not."""
 
+from sims_lens.cost import TokenCount
 from sims_lens.sampling.base import ReadingSampler, Sampler
-from sims_lens.sampling.decode import TokenCount
 from sims_lens.sampling.local import LocalSampler
 from sims_lens.sampling.reading import Reading, Readings
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
+from sims_lens.cost import TokenCount
 from sims_lens.data import Sample
 from sims_lens.plan import SteeringPlan
-from sims_lens.sampling.decode import TokenCount
 from sims_lens.sampling.reading import Reading
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sims_lens.config import SamplingConfig
+from sims_lens.cost import TokenCount
 from sims_lens.sampling.draw import choose
 from sims_lens.twin import Beside, Bodies, Cut, Points, Prefixes, ResponseMemory, Twin, run_prompts
 
@@ -23,19 +24,6 @@ _DRAIN = 0.75
 
 _TOGETHER = 8
 """Rows whose distributions over the vocabulary are compared at a time on a CPU: they stay in its cache."""
-
-
-@dataclass
-class TokenCount:
-    """Tokens that an engine has processed: ``prefill`` of prompts, ``decode`` of responses."""
-
-    prefill: int = 0
-    decode: int = 0
-
-    def take(self, other: "TokenCount") -> None:
-        """Add another one's tokens to these; it begins anew."""
-        self.prefill, self.decode = self.prefill + other.prefill, self.decode + other.decode
-        other.prefill = other.decode = 0
 
 
 @dataclass
@@ -178,7 +166,7 @@ class Decoder:
         new = [prompt for prompt in prompts if prompt not in self.slot]
         if not new:
             return
-        slots, logits, ran = run_prompts(
+        slots, logits, count = run_prompts(
             self.twin,
             [self.job.prompts[prompt] for prompt in new],
             self.prefixes,
@@ -189,7 +177,7 @@ class Decoder:
             beside=self.beside,
             bodies=None if self.watched else self.bodies,
         )
-        self.count.prefill += ran
+        self.count.take(count)
         self.slot |= dict(zip(new, slots, strict=True))
         self.first |= dict(zip(new, logits, strict=True))
 
@@ -243,7 +231,10 @@ class Decoder:
         self.logits = self.twin.logits(tokens, positions, self.memory, keep=1, points=points, cut=cut)[:, -1]
         if self.beside is not None and cut is not None:
             self.beside_logits = self.beside.run_step(self.twin, tokens, positions, points, cut, self.memory)
-        self.count.decode += sum(row is not None for row in self.live)
+        ran = [length + own + 1 for length, own, row in zip(lengths, at, self.live, strict=True) if row is not None]
+        self.count.take(TokenCount(decode=len(ran), attended=sum(ran), logits=len(ran)))
+        if self.beside is not None:
+            self.count.take(self.beside.count)
 
     def _extend(self, watch: "Watch") -> None:
         """Draw the next token of every live row; rows that are done leave."""

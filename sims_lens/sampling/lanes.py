@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from sims_lens.sampling.decode import Decoder, Row, TokenCount
+from sims_lens.cost import TokenCount
+from sims_lens.sampling.decode import Decoder, Row
 from sims_lens.sampling.reading import Ear, Following, Reader, Reading
 from sims_lens.twin import Road
 

@@ -11,11 +11,12 @@ import torch
 
 from sims_lens.adapter import Adapter, adapt, left_pad
 from sims_lens.config import SamplingConfig
+from sims_lens.cost import TokenCount
 from sims_lens.data import Sample
 from sims_lens.errors import ModelError
 from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
-from sims_lens.sampling.decode import Decoder, Job, Row, TokenCount
+from sims_lens.sampling.decode import Decoder, Job, Row
 from sims_lens.sampling.draw import choose, uniforms
 from sims_lens.sampling.lanes import LANE_ROWS, Lane, Lanes, split
 from sims_lens.sampling.reading import Ear, Reader, Reading
@@ -227,7 +228,7 @@ class LocalSampler:
         def unsteered() -> AbstractContextManager[None]:
             return self.model.__dict__[TRACKER].paused()  # type: ignore[no-any-return]
 
-        return Beside(min(plan.layers), unsteered)
+        return Beside(min(plan.layers), adapt(self.model).n_layers, unsteered)
 
     def _cut(self, adapter: Adapter) -> Any:
         """What :attr:`Job.cut` is: looks for a stop string in the text so far."""
@@ -304,7 +305,7 @@ class LocalSampler:
         tokens, mask = left_pad([prompts[prompt] for prompt in asked], device)
         cache = adapter.new_cache(len(asked))
         logits = adapter.logits(tokens, mask, keep=1, cache=cache)[:, -1]
-        self.count.prefill += int(mask.sum())
+        self.count.take(TokenCount.forced(mask.sum(dim=1).tolist(), logits=len(asked)))
         expanded = torch.tensor([asked.index(row.prompt) for row in rows], device=device)
         cache, logits, mask = adapter.select_rows(cache, expanded), logits[expanded], mask[expanded]
         alive = list(rows)
@@ -335,7 +336,7 @@ class LocalSampler:
                 alive = [alive[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             logits = adapter.logits(new[:, None], mask, keep=1, cache=cache)[:, -1]
-            self.count.decode += len(alive)
+            self.count.take(TokenCount(decode=len(alive), attended=int(mask.sum()), logits=len(alive)))
 
 
 @functools.cache

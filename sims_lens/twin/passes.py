@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.cost import TokenCount
 from sims_lens.twin.attention import Prefixes, PromptMemory, ResponseMemory
 from sims_lens.twin.base import Cut, Points, Twin
 
@@ -57,11 +58,15 @@ class Beside:
 
     Args:
         block: the first one that the plan acts in; below it both are the same.
+        blocks: how many the model has.
         unsteered: a ``with`` block in which the plan does not act.
     """
 
-    def __init__(self, block: int, unsteered: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(self, block: int, blocks: int, unsteered: Callable[[], AbstractContextManager[None]]) -> None:
         self.block, self.unsteered = block, unsteered
+        self.share = 1.0 - block / blocks
+        self.count = TokenCount()
+        """What was run, until somebody takes it."""
         self.prefixes = Prefixes(block)
         self.memory: ResponseMemory | None = None
         self.logits: dict[int, Float[Tensor, " d_vocab"]] = {}
@@ -76,6 +81,7 @@ class Beside:
             last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
         for slot, row in zip(self.prefixes.add([memory.select(range(count))]), last, strict=False):
             self.logits[slot] = row.clone()
+        self._counted([tokens.shape[1]] * count, whole=True)
 
     def run_last(
         self, twin: Twin, prompts: Sequence[Sequence[int]], slots: Sequence[int], points: Points, cut: Cut
@@ -84,6 +90,13 @@ class Beside:
         with self.unsteered():
             last = _run_last(twin, prompts, slots, self.prefixes, points, cut)
         self.logits |= dict(zip(slots, last, strict=True))
+        self._counted([len(prompt) for prompt in prompts])
+
+    def _counted(self, lengths: Sequence[int], *, whole: bool = False) -> None:
+        """Add passes over last tokens of sequences of these lengths, or over whole ones."""
+        ran = TokenCount.forced(lengths)
+        tokens, attended = (ran.prefill, ran.attended) if whole else (len(lengths), sum(lengths))
+        self.count.take(TokenCount(beside=self.share * tokens, attended=self.share * attended, logits=len(lengths)))
 
     def join(self, place: int, slot: int, capacity: int) -> None:
         """The row in a place, which goes on from the prompt in a slot, is to be run beside from now on."""
@@ -135,6 +148,9 @@ class Beside:
         upper = Cut(cut.block, cut.stream[rows])
         with self.unsteered():
             found = twin.logits(tokens[rows], positions[rows], self.memory, keep=1, points=points, cut=upper)[:, -1]
+        lengths = [self.prefixes.lengths[slot] for slot in self.memory.slots]
+        told = zip(self.places, lengths, strict=True)
+        self._counted([length + like.at[place] + 1 for place, length in told if place is not None])
         return {place: row for place, row in zip(self.places, found, strict=True) if place is not None}
 
 
@@ -149,7 +165,7 @@ def run_prompts(
     least_rows: int = 1,
     beside: Beside | None = None,
     bodies: Bodies | None = None,
-) -> tuple[list[int], Float[Tensor, "prompt d_vocab"], int]:
+) -> tuple[list[int], Float[Tensor, "prompt d_vocab"], TokenCount]:
     """Run prompts, those of one length together, so that nothing is padded.
 
     Args:
@@ -165,11 +181,11 @@ def run_prompts(
             attached acts on them or looks at them.
 
     Returns:
-        The slot of each prompt, the logits at its last token, and how many tokens were run.
+        The slot of each prompt, the logits at its last token, and what was run.
     """
     slots, logits = [0] * len(prompts), [torch.empty(0)] * len(prompts)
     apart = [bodies is not None and len(prompt) > 1 for prompt in prompts]
-    spent = 0
+    spent = TokenCount(logits=len(prompts))
     for length, group in _by_length(prompts, [i for i, own in enumerate(apart) if not own]):
         ids = [list(prompts[index]) for index in group]
         count = len(ids)
@@ -181,7 +197,7 @@ def run_prompts(
         last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
         if beside is not None and cut is not None:
             beside.run_prompts(twin, tokens, positions, points, cut, count)
-        spent += count * length
+        spent.take(TokenCount.forced([length] * count))
         for index, slot, row in zip(group, prefixes.add([memory.select(range(count))]), last, strict=False):
             slots[index], logits[index] = slot, row.clone()
     some = [index for index, own in enumerate(apart) if own]
@@ -199,7 +215,9 @@ def run_prompts(
         logits[index] = row
     if beside is not None and cut is not None:
         beside.run_last(twin, asked, places, points, cut)
-    return slots, torch.stack(logits), spent + ran + len(some)
+    spent.take(ran)
+    spent.take(TokenCount(prefill=len(some), attended=sum(map(len, asked))))
+    return slots, torch.stack(logits), spent
 
 
 def _bodies(
@@ -209,10 +227,10 @@ def _bodies(
     device: torch.device,
     before: Callable[[int, int], None],
     least_rows: int,
-) -> tuple[list[PromptMemory], int]:
-    """The bodies of prompts, and how many tokens were run for them. No HookPoint fires: nobody looks at them."""
+) -> tuple[list[PromptMemory], TokenCount]:
+    """The bodies of prompts, and what was run for them. No HookPoint fires: nobody looks at them."""
     found = [bodies.get(prompt) for prompt in prompts]
-    ran = 0
+    ran = TokenCount()
     for length, group in _by_length(prompts, [i for i, body in enumerate(found) if body is None]):
         ids = [list(prompts[index][:-1]) for index in group]
         ids *= least_rows if len(ids) * (length - 1) < least_rows else 1
@@ -220,7 +238,7 @@ def _bodies(
         memory = PromptMemory()
         before(length - 1, length)
         twin.logits(torch.tensor(ids, device=device), positions, memory, keep=1, points={})
-        ran += len(group) * (length - 1)
+        ran.take(TokenCount.forced([length - 1] * len(group), logits=len(group)))
         for row, index in enumerate(group):
             body = memory.select([row])
             found[index] = body
