@@ -24,6 +24,7 @@ from sims_lens.rankers import as_ranker, rank
 from sims_lens.stats import bootstrap_mean, win_probability
 
 LAYER = {"reading-ease": 17, "vader": 22}
+STRENGTH = 0.2
 
 
 def one_seed(model, oracle, seed, prompts, heldout, samples, size, rows):
@@ -43,7 +44,9 @@ def one_seed(model, oracle, seed, prompts, heldout, samples, size, rows):
     bank = MemoryBank().add(first, iteration=1)
     fit = direction(select_pairs(bank), NOTHING)
     norms = fit.median_norm
-    plan = compose([fit.mean_difference], [layer], norms, settings, sims.SteeringPlan(()).provenance)
+    plan = compose(
+        [fit.mean_difference], [STRENGTH], [layer], norms, settings.steering, sims.SteeringPlan(()).provenance
+    )
     second = draw(prompts, plan.scaled(0.5), 4, "train", 2)
     both = bank.add(second, iteration=2)
     chosen = {
@@ -59,7 +62,7 @@ def one_seed(model, oracle, seed, prompts, heldout, samples, size, rows):
     base_scores = np.array([s.score for s in base]).reshape(len(heldout), samples)
     for name, (contrast, under) in chosen.items():
         vectors = direction(contrast, under).mean_difference
-        steer = compose([vectors], [layer], norms, settings, plan.provenance)
+        steer = compose([vectors], [STRENGTH], [layer], norms, settings.steering, plan.provenance)
         drawn = draw(heldout, steer, samples, "heldout")
         nll = np.mean([s.nll for s in side_effects(model, heldout, [s for s in drawn if s.draw == 0], steer)])
         scores = np.array([s.score for s in drawn]).reshape(len(heldout), samples)

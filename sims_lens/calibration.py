@@ -23,7 +23,7 @@ from sims_lens.config import SamplingConfig
 from sims_lens.cost import Cost, Meter, cost_text, forced_count
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError, PlanError, PromptError
-from sims_lens.evaluate import Effect, Evaluation, evaluate, side_effects
+from sims_lens.evaluate import Effect, Evaluation, evaluate, perplexity_ratio, side_effects
 from sims_lens.hooks import check_unsteered, resolve
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
@@ -469,28 +469,6 @@ def calibrate(
         cost=cost,
         steering=None if chosen is None else plans[chosen.candidate].scaled(chosen.factor),
     )
-
-
-def perplexity_ratio(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0) -> Interval:
-    """Perplexity of some responses over that of others to the same prompts, both under the unsteered model.
-
-    It is exp of the mean difference in negative log-likelihood per token, paired by prompt, so a ratio of geometric
-    means. Prompts where either side has no text are left out; where none is left the ratio is infinite.
-
-    Args:
-        samples: with ``nll``.
-        base: with ``nll``, on the same prompts.
-        seed: of the bootstrap.
-    """
-
-    def nll(group: Sequence[Sample]) -> list[float]:
-        return [s.nll for s in group if s.tokens and s.nll is not None]
-
-    paired = zip(by_prompt(samples), by_prompt(base), strict=True)
-    differences = [np.mean(nll(a)) - np.mean(nll(b)) for a, b in paired if nll(a) and nll(b)]
-    if not differences:
-        return Interval(math.inf, math.inf, math.inf)
-    return bootstrap_mean(np.array(differences), seed=seed).map(math.exp)
 
 
 class _Bench:

@@ -413,7 +413,7 @@ def _improve(
 def examples(run: "Run", count: int = 3) -> str:
     """The first draws to a few held-out prompts, base and steered."""
     base = {s.prompt: s for s in run.samples(0) if s.draw == 0}
-    steered = {s.prompt: s for s in run.samples(len(run.iterations)) if s.draw == 0}
+    steered = {s.prompt: s for s in run.samples(run.best.index if run.best else 0) if s.draw == 0}
     parts = []
     for index in run.indices("heldout")[:count]:
         parts.append(
@@ -439,6 +439,9 @@ def summary(run: "Run") -> dict[str, Any]:
         "null_band": run.null_band.to_json() if run.null_band else None,
         "beats_controls": run.beats_controls,
         "adjusted_p": run.adjusted_p(),
+        "best": run.best.index if run.best else None,
+        "stopped": run.stopped,
+        "guard": [i.decision.to_json() if i.decision else None for i in run.iterations],
         "cost": {phase: spent.to_json() for phase, spent in run.cost.items()},
         "verdict": run.verdict(),
     }

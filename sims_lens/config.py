@@ -18,6 +18,7 @@ from sims_lens.sites import check_site
 Compose = Literal["accumulate", "replace"]
 Allocation = Literal["equal", "spread"]
 AuditPolicy = Literal["stop", "report", "off"]
+GuardMode = Literal["act", "report", "off"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LengthControl = Literal["report", "match", "regress"]
 Policy = Literal["all", "top_margin", "stratified", "recency", "random"]
@@ -152,9 +153,12 @@ class SteeringConfig:
             unsteered model, in nats per token above that of the unsteered text.
         site: where in the block.
         strength: total strength at the last iteration, in units of the median residual norm of the responses at
-            the site. With several layers each gets this much.
-        compose: "accumulate" adds ``strength / iterations`` of a new unit direction in each iteration; "replace"
-            keeps only the newest direction, at full strength.
+            the site. With several layers each gets this much. "auto": as much as ``kl`` allows, found in each
+            iteration on the model's own responses.
+        kl: what "auto" spends: mean KL(steered || base) of the next-token distributions, nats per token, on responses
+            of the base model. That of the steered model's own responses, in the run's table, is about 0.8 of it.
+        compose: "accumulate" adds a new unit direction in each iteration, of ``strength / iterations``, or so that the
+            sum spends ``kl * t / iterations``; "replace" keeps only the newest direction, at full strength.
         scope: which tokens are steered.
     """
 
@@ -162,14 +166,19 @@ class SteeringConfig:
     candidates: tuple[float, ...] = (0.6, 0.75, 0.9)
     max_nll_increase: float = 0.8
     site: str = "resid_post"
-    strength: float = 0.2
+    strength: float | Literal["auto"] = "auto"
+    kl: float = 0.3
     compose: str = "accumulate"
     scope: str = "generation"
 
     def __post_init__(self) -> None:
         check_site(self.site)
         TokenScope.of(self.scope)
-        _number("strength", self.strength, 0.0, open_low=True)
+        if self.strength != "auto":
+            if isinstance(self.strength, str):
+                raise ConfigError(f'strength must be "auto" or a number such as 0.2, got {self.strength!r}')
+            _number("strength", self.strength, 0.0, open_low=True)
+        _number("kl", self.kl, 0.0, open_low=True)
         _number("max_nll_increase", self.max_nll_increase, 0.0, open_low=True)
         if self.compose not in get_args(Compose):
             raise ConfigError(f"compose must be one of {', '.join(get_args(Compose))}, got {self.compose!r}")
@@ -220,6 +229,44 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What an iteration must keep to, on the held-out prompts, and what happens if it doesn't.
+
+    An iteration that is over budget is tried again with a smaller step, then rolled back; one that is shown to be
+    worse than the best before it is rolled back; one whose effect is shown to be above 0 is accepted. The reasons for
+    the limits are in ``docs/method.md``.
+
+    Args:
+        mode: "act"; "report", which says what it would have done and keeps every iteration; or "off".
+        kl_95: the 95th percentile over a response's tokens of KL(steered || base), nats, averaged: at most.
+        perplexity_ratio: perplexity of the steered text under the base model over that of the base model's: at most.
+        diversity: distinct word bigrams of the steered responses over those of the base model's: at least.
+        turn: cosine of an iteration's direction with the newest one that was kept: at least. A ranker that changes its
+            mind turns it round.
+        shrinks: how often a step over budget is made smaller before it is rolled back; each is measured.
+        patience: iterations in a row that gain nothing, after which the run stops.
+    """
+
+    mode: str = "act"
+    kl_95: float = 1.5
+    perplexity_ratio: float = 2.2
+    diversity: float = 0.75
+    turn: float = -0.2
+    shrinks: int = 2
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(GuardMode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(GuardMode))}, got {self.mode!r}")
+        _number("kl_95", self.kl_95, 0.0, open_low=True)
+        _number("perplexity_ratio", self.perplexity_ratio, 1.0, open_low=True)
+        _number("diversity", self.diversity, 0.0, 1.0)
+        _number("turn", self.turn, -1.0, 1.0)
+        _positive_int("shrinks", self.shrinks, low=0)
+        _positive_int("patience", self.patience)
+
+
+@dataclass(frozen=True)
 class SIMSConfig:
     """Everything that :func:`sims_lens.improve` can be told.
 
@@ -238,6 +285,7 @@ class SIMSConfig:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     steering: SteeringConfig = field(default_factory=SteeringConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         _positive_int("iterations", self.iterations)

@@ -19,6 +19,7 @@ class Sample:
         nll: mean negative log-likelihood of its tokens under the unsteered model, nats per token, where measured.
         kl: mean over its positions of KL(steered || base), the divergence of the next-token distribution that it was
             drawn from from the unsteered model's, nats per token, where measured; 0 for the base model itself.
+        kl_95: the 95th percentile over its positions of the same; None also where it has no token.
     """
 
     prompt: int
@@ -30,6 +31,7 @@ class Sample:
     independent: float | None = None
     nll: float | None = None
     kl: float | None = None
+    kl_95: float | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ class RunError(SimsError, ValueError):
     """A run directory is damaged, holds another run, or has nothing to go on with."""
 
 
+class TooFewPairsError(RunError):
+    """The ranker hardly tells the responses of an iteration apart: there is nothing to fit to."""
+
+
 class FitError(SimsError, ValueError):
     """A direction or a transform cannot be fitted to the activations that were given."""
 

@@ -74,6 +74,7 @@ class Evaluation(Effect):
         nll: see :class:`sims_lens.data.Sample`.
         perplexity: exp of ``nll``.
         kl: see :class:`sims_lens.data.Sample`.
+        kl_95: see :class:`sims_lens.data.Sample`; None in a run of an earlier version.
         distinct_2: distinct word bigrams over all word bigrams of the responses.
         repetition: share of a response's word 4-grams that stood in it before.
         length: tokens of a response.
@@ -88,6 +89,7 @@ class Evaluation(Effect):
     repetition: Interval
     length: Interval
     ended: Interval
+    kl_95: Interval | None = None
     independent: Effect | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +130,7 @@ def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0
         nll=nll,
         perplexity=nll.map(math.exp),
         kl=over_prompts(lambda s: s.kl),
+        kl_95=over_prompts(lambda s: s.kl_95) if any(s.kl_95 is not None for s in samples) else None,
         distinct_2=distinct_ratio([[_ngrams(s.text, 2) for s in group] for group in groups]),
         repetition=over_prompts(lambda s: _repetition(s.text)),
         length=over_prompts(lambda s: len(s.tokens)),
@@ -154,6 +157,12 @@ def _effect(
     )
 
 
+def score_changes(samples: Sequence[Sample], base: Sequence[Sample]) -> Float[np.ndarray, " prompt"]:
+    """Mean score of each prompt's samples less that of the base model's."""
+    paired = zip(by_prompt(samples), by_prompt(base), strict=True)
+    return np.array([np.mean([s.score for s in a]) - np.mean([s.score for s in b]) for a, b in paired], dtype=float)
+
+
 def _length_controlled(
     groups: Sequence[Sequence[Sample]],
     base_groups: Sequence[Sequence[Sample]],
@@ -168,6 +177,28 @@ def _length_controlled(
         longer.append(gap.ravel().astype(float))
         prompts += [index] * gap.size
     return length_controlled_win_rate(np.concatenate(wins), np.concatenate(longer), prompts, seed=seed)
+
+
+def perplexity_ratio(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0) -> Interval:
+    """Perplexity of some responses over that of others to the same prompts, both under the unsteered model.
+
+    It is exp of the mean difference in negative log-likelihood per token, paired by prompt, so a ratio of geometric
+    means. Prompts where either side has no text are left out; where none is left the ratio is infinite.
+
+    Args:
+        samples: with ``nll``.
+        base: with ``nll``, on the same prompts.
+        seed: of the bootstrap.
+    """
+
+    def nll(group: Sequence[Sample]) -> list[float]:
+        return [s.nll for s in group if s.tokens and s.nll is not None]
+
+    paired = zip(by_prompt(samples), by_prompt(base), strict=True)
+    differences = [np.mean(nll(a)) - np.mean(nll(b)) for a, b in paired if nll(a) and nll(b)]
+    if not differences:
+        return Interval(math.inf, math.inf, math.inf)
+    return bootstrap_mean(np.array(differences), seed=seed).map(math.exp)
 
 
 def side_effects(
@@ -207,13 +238,20 @@ def side_effects(
             lengths = torch.tensor([len(tokens) for _, tokens in forced])
             counted = (torch.arange(base.shape[1])[None] < lengths[:, None]).to(base.device)
             nll = _per_row(-base.gather(-1, targets.to(base.device)[..., None])[..., 0], counted)
-            kl = torch.zeros_like(nll)
+            each = torch.zeros_like(base[..., 0])
             if plan.interventions:
                 with steering(model, plan):
                     steered = response_logits(model, asked, forced).float().log_softmax(-1)
-                kl = _per_row(kl_divergence(steered, base), counted)
-        for (_, sample), row_nll, row_kl in zip(rows, nll.tolist(), kl.tolist(), strict=True):
-            found[sample.prompt, sample.draw] = replace(sample, nll=row_nll, kl=row_kl)
+                each = kl_divergence(steered, base)
+            kl = _per_row(each, counted)
+        for row, (_, sample) in enumerate(rows):
+            own = each[row, : len(sample.tokens)].double().cpu()
+            found[sample.prompt, sample.draw] = replace(
+                sample,
+                nll=float(nll[row]),
+                kl=float(kl[row]),
+                kl_95=float(own.quantile(0.95)) if len(own) else None,
+            )
     return [found[sample.prompt, sample.draw] for sample in samples]
 
 
@@ -243,4 +281,4 @@ def _repetition(text: str) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-__all__ = ["Effect", "Evaluation", "evaluate", "kl_divergence", "side_effects"]
+__all__ = ["Effect", "Evaluation", "evaluate", "kl_divergence", "perplexity_ratio", "score_changes", "side_effects"]

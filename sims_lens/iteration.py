@@ -1,11 +1,18 @@
 """One turn of the loop, without the disk: capture, fit, compose.
 
 Notation. For layer l and iteration t, d_t is the mean difference of the pairs' activations, u_t = d_t / |d_t| its
-direction, m the median norm of the base model's responses at the site, c the total strength, T the number of
-iterations. The vector that is added after iteration t is
+direction, m the median norm of the base model's responses at the site. The vector that is added after iteration t is
 
-    accumulate:  s_t = s_{t-1} + (c / T) * m * u_t,   s_0 = 0
-    replace:     s_t = c * m * u_t
+    s_t = m * sum over i <= t of c_i * u_i
+
+with a coefficient c_i for each iteration so far. With a fixed total strength c and T iterations they are
+
+    accumulate:  c_i = c / T
+    replace:     c_t = c, all others 0
+
+and with strength "auto" they have the same proportions and are scaled so that s_t spends a budget of KL divergence:
+kl * t / T when accumulating (a trust region of kl / T for each iteration), kl when replacing. An iteration that was
+rolled back has c_i = 0.
 
 The paper (SIMS, arXiv 2507.08967) leaves open how transforms are composed across iterations. Accumulating makes each
 iteration a step from where the last one stood, because its pairs were drawn from the model as steered so far; the
@@ -25,11 +32,14 @@ from sims_lens.activations import capture
 from sims_lens.adapter import adapt
 from sims_lens.config import SIMSConfig, SteeringConfig
 from sims_lens.contrast import Contrast
-from sims_lens.errors import RunError
+from sims_lens.errors import TooFewPairsError
 from sims_lens.estimators import mean_difference, shuffled_mean_differences, split_half_cosine, unit
 from sims_lens.hooks import steering
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.sampling import Readings
+
+FIRST_GUESS = 0.2
+"""Total strength from which "auto" starts to look for the right one, in units of the median norm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +84,10 @@ def fit_contrast(
         readings: what was read of the very samples while they were drawn under ``plan``; then no pass is needed.
 
     Raises:
-        RunError: fewer than two pairs are left.
+        TooFewPairsError: fewer than two pairs are left.
     """
     if len(contrast.pairs) < 2:
-        raise RunError(
+        raise TooFewPairsError(
             f"only {len(contrast.pairs)} contrast pairs are left (dropped: {contrast.dropped}); the ranker hardly "
             "tells the responses apart. Give more prompts or responses, or a smaller min_margin"
         )
@@ -100,43 +110,70 @@ def fit_contrast(
     )
 
 
+def step_coefficients(kept: Sequence[float], settings: SteeringConfig, iterations: int) -> list[float]:
+    """Coefficients after one more iteration, in units of the median norm; those that "auto" scales.
+
+    Args:
+        kept: of the iterations so far.
+        settings: of the run.
+        iterations: T.
+
+    >>> step_coefficients([0.1, 0.0], SteeringConfig(strength=0.3), 3)
+    [0.1, 0.0, 0.1]
+    """
+    strength = FIRST_GUESS if settings.strength == "auto" else float(settings.strength)
+    if settings.compose == "replace":
+        return [0.0] * len(kept) + [strength]
+    mean = [c for c in kept if c]
+    if settings.strength == "auto" and mean:  # as much of each direction that was kept; all are scaled after that
+        return [*kept, sum(mean) / len(mean)]
+    return [*kept, strength / iterations]
+
+
 def compose(
     directions: Sequence[Float[Tensor, "layer d_model"]],
+    coefficients: Sequence[float],
     layers: Sequence[int],
     norms: Float[Tensor, " layer"],
-    config: SIMSConfig,
+    settings: SteeringConfig,
     provenance: Provenance,
 ) -> SteeringPlan:
-    """The plan after the last of ``directions``, one per iteration so far. Equations at the top of this module."""
-    vectors = _composed(directions, layers, norms, config.iterations, config.steering)
-    return _as_plan(vectors, norms, config.steering, provenance)
+    """The plan that adds some of each direction. Equations at the top of this module.
+
+    Args:
+        directions: one per iteration so far.
+        coefficients: how much of each, in units of the median norm.
+        layers: where to steer.
+        norms: median norm, per layer.
+        settings: site and scope.
+        provenance: what made it.
+    """
+    vectors = _composed(directions, coefficients, layers, norms)
+    return _as_plan(vectors, norms, settings, provenance)
 
 
 def compose_control(
     shuffled: Sequence[Float[Tensor, "layer d_model"]],
+    coefficients: Sequence[float],
     real: SteeringPlan,
     norms: Float[Tensor, " layer"],
-    config: SIMSConfig,
+    settings: SteeringConfig,
     provenance: Provenance,
 ) -> SteeringPlan:
     """A shuffled-label plan composed like the real one and scaled to its norm at every site."""
     wanted = {layer: vector.norm() for (layer, _), vector in real.vectors().items()}
-    vectors = _composed(shuffled, list(wanted), norms, config.iterations, config.steering)
+    vectors = _composed(shuffled, coefficients, list(wanted), norms)
     vectors = {layer: unit(vector) * wanted[layer] for layer, vector in vectors.items()}
-    return _as_plan(vectors, norms, config.steering, provenance)
+    return _as_plan(vectors, norms, settings, provenance)
 
 
 def _composed(
     directions: Sequence[Float[Tensor, "layer d_model"]],
+    coefficients: Sequence[float],
     layers: Sequence[int],
     norms: Float[Tensor, " layer"],
-    iterations: int,
-    steering_config: SteeringConfig,
 ) -> dict[int, Float[Tensor, " d_model"]]:
-    if steering_config.compose == "replace":
-        total = steering_config.strength * unit(directions[-1])
-    else:
-        total = torch.stack([unit(d) for d in directions]).sum(0) * (steering_config.strength / iterations)
+    total = torch.stack([c * unit(d) for d, c in zip(directions, coefficients, strict=True)]).sum(0)
     return {layer: total[layer] * norms[layer] for layer in layers}
 
 

@@ -6,24 +6,28 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, check_lengths
 from sims_lens.auditing import Audit, audit, audit_pairs, is_judge
+from sims_lens.auditing.agreement import pair_signs, same_verdict
 from sims_lens.bank import MemoryBank, diagnose, plan_digest, select_pairs
 from sims_lens.config import SIMSConfig
 from sims_lens.cost import Meter, TokenCount, forced_count
 from sims_lens.data import ContrastPair, Sample, by_prompt
-from sims_lens.errors import PromptError, RankerError, RunError
-from sims_lens.evaluate import Evaluation, evaluate, side_effects
+from sims_lens.errors import PromptError, RankerError, RunError, TooFewPairsError
+from sims_lens.evaluate import Evaluation, evaluate, perplexity_ratio, score_changes, side_effects
+from sims_lens.guard import Checks, Decision, best_iteration, decide, gained
 from sims_lens.hooks import steering
-from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast
+from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast, step_coefficients
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
@@ -32,7 +36,9 @@ from sims_lens.run import Run, open_run
 from sims_lens.sampling import LocalSampler, Reading, Readings, ReadingSampler, Sampler
 from sims_lens.selection import allocate, shrunk_spread
 from sims_lens.sites import check_layer
-from sims_lens.store import Folder, RunStore, read_tensors, write_jsonl, write_tensors
+from sims_lens.stats import bootstrap_mean
+from sims_lens.store import Folder, RunStore, read_json, read_tensors, write_jsonl, write_tensors
+from sims_lens.strength import Divergence, find_strength
 
 READINGS_LIMIT = 1 << 30
 """Bytes that the stream of an iteration's responses, averaged over each one's tokens, may take in memory and on the
@@ -173,6 +179,79 @@ class _Memory:
         return replace(self.bank, entries=kept)
 
 
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """An iteration as it was measured in the end."""
+
+    decision: Decision | None
+    plan: SteeringPlan
+    coefficients: tuple[float, ...]
+    changes: Float[np.ndarray, " prompt"]
+
+
+@dataclass
+class _Course:
+    """Where the steering stands: what was fitted, and how much of it was kept."""
+
+    directions: list[Tensor] = field(default_factory=list)
+    shuffled: list[Tensor] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    norms: Tensor = field(default_factory=lambda: torch.empty(0))
+    turns: list[_Turn] = field(default_factory=list)
+    trust: float = 1.0
+    idle: int = 0
+
+    @property
+    def kept(self) -> int | None:
+        """The newest iteration that the loop went on from, counted from 0; None where it starts from the base model."""
+        kept = [i for i, turn in enumerate(self.turns) if turn.decision is None or turn.decision.kept]
+        return kept[-1] if kept else None
+
+    @property
+    def plan(self) -> SteeringPlan:
+        """What the next responses are drawn under."""
+        return NOTHING if self.kept is None else self.turns[self.kept].plan
+
+    @property
+    def coefficients(self) -> list[float]:
+        """Of the directions so far, in that plan."""
+        given = () if self.kept is None else self.turns[self.kept].coefficients
+        return [*given, *[0.0] * (len(self.turns) - len(given))]
+
+    @property
+    def newest(self) -> Tensor | None:
+        """The newest direction that was kept."""
+        return None if self.kept is None else self.directions[self.kept]
+
+    @property
+    def before(self) -> str:
+        """What the loop goes back to, in words."""
+        return "the base model" if self.kept is None else f"iteration {self.kept + 1}"
+
+    @property
+    def best(self) -> Float[np.ndarray, " prompt"] | None:
+        """Changes of the mean score, by prompt, in the best iteration that was kept."""
+        kept = [t.changes for t in self.turns if t.decision is None or t.decision.kept]
+        return max(kept, key=lambda changes: float(changes.mean())) if kept else None
+
+    @property
+    def chosen(self) -> _Turn | None:
+        """The iteration that the run's plan is taken from."""
+        best = best_iteration([t.decision for t in self.turns], [float(t.changes.mean()) for t in self.turns])
+        return None if best is None else self.turns[best]
+
+    def take(
+        self,
+        decision: Decision | None,
+        plan: SteeringPlan,
+        coefficients: Sequence[float],
+        changes: Float[np.ndarray, " prompt"],
+    ) -> None:
+        """Add an iteration that was measured."""
+        self.turns.append(_Turn(decision, plan, tuple(coefficients), changes))
+        self.idle = 0 if decision is None or gained(decision) else self.idle + 1
+
+
 @dataclass
 class _Loop:
     """What every step of a run needs, and the steps."""
@@ -216,32 +295,44 @@ class _Loop:
         self.bar = bar
         self.audit()
         base = self.base()
-        plan, directions, shuffled = NOTHING, [], []
-        norms = torch.empty(0)
-        layers: list[int] = []
-        memory = _Memory()
+        course, memory = _Course(), _Memory()
         for t in range(1, self.config.iterations + 1):
             folder = self.store.iteration(t)
-            fitted, pairs = self.learn(folder, t, plan, memory)
-            directions.append(fitted["mean_difference"])
-            shuffled.append(fitted["shuffled"])
+            if self.store.stopped and not folder.complete:
+                break
+            try:
+                fitted, pairs = self.learn(folder, t, course.plan, memory)
+            except TooFewPairsError as error:
+                if t == 1 or self.config.guard.mode != "act":
+                    raise
+                self.store.stop(f"Stopped in iteration {t}, which is left out: {error}.")
+                break
             if t == 1:
-                norms = fitted["median_norm"]
-                layers = self.choose(directions[0], norms)
-            plan = compose(directions, layers, norms, self.config, self._provenance(f"improve, iteration {t}"))
-            self.finish(folder, t, plan, base, pairs)
-        self.control(plan, shuffled, norms, base)
+                course.norms = fitted["median_norm"]
+                course.layers = self.choose(fitted["mean_difference"], course.norms)
+            course.directions.append(fitted["mean_difference"])
+            course.shuffled.append(fitted["shuffled"])
+            decision = self.finish(folder, t, course, base, pairs)
+            if decision is not None and decision.stop and self.config.guard.mode == "act":
+                self.store.stop(decision.reason)
+                break
+        if course.chosen is not None:
+            self.control(course, course.chosen, base)
 
     # The steps. Each reads what is on the disk already and computes the rest.
 
     def base(self) -> list[Sample]:
         """The unsteered model on the held-out prompts (and on the validation prompts, where a layer is chosen)."""
         folder = self.store.folder("base")
-        heldout = self.measure(folder, "heldout", "heldout", NOTHING, "base model, held-out prompts")
+        heldout, _ = self.measure(folder, "heldout", "heldout", NOTHING, "base model, held-out prompts")
         if len(self.candidates()) > 1:
             self.measure(folder, "validation", "validation", NOTHING, "base model, validation prompts")
         self.evaluated(folder, "metrics", lambda: {"evaluation": evaluate(heldout, heldout).to_json()})
         return heldout
+
+    def base_evaluation(self) -> Evaluation:
+        """The unsteered model's own figures."""
+        return Evaluation.from_json(read_json(self.store.folder("base").path / "metrics.json")["evaluation"])
 
     def audit(self) -> None:
         """Ask whether the ranker can be trusted, on the first responses that it will have to rank."""
@@ -379,6 +470,34 @@ class _Loop:
         }
         return bank.rescored([found[id(entry)] for entry in bank.entries])
 
+    def scaled(
+        self, folder: Folder, name: str, course: "_Course", coefficients: Sequence[float], kl: float
+    ) -> list[float]:
+        """With strength "auto", the coefficients at which the plan spends that much KL divergence; else as they are."""
+        if self.config.steering.strength != "auto":
+            return list(coefficients)
+
+        def make() -> dict[str, float]:
+            self.bar.phase(f"finding the strength that spends {kl:.2g} nats of KL per token")
+            with self.spending(folder, "strength") as meter:
+                divergence = self.divergence
+                found = find_strength(divergence, self.composed(course, coefficients, "strength"), kl=kl)
+                meter.add(divergence.count)
+            return asdict(found)
+
+        factor = float(folder.json(name, make)["factor"])
+        return [factor * c for c in coefficients]
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """What measures how far a plan moves the model, on its first responses."""
+        return Divergence(self.model, self.prompts, self.first_responses())
+
+    def composed(self, course: "_Course", coefficients: Sequence[float], source: str) -> SteeringPlan:
+        """The plan that adds some of each direction."""
+        about = self._provenance(f"improve, {source}")
+        return compose(course.directions, coefficients, course.layers, course.norms, self.config.steering, about)
+
     def choose(self, direction: Tensor, norms: Tensor) -> list[int]:
         """The layers to steer: those given, or the best of the candidates on the validation prompts."""
         if self.config.steering.layers != "auto":
@@ -388,12 +507,15 @@ class _Loop:
             return candidates
         folder = self.store.folder("choice")
         base = self.store.folder("base").read_samples("validation")
-        at_full = replace(self.config, iterations=1)
+        steer = self.config.steering
         found: dict[int, Evaluation] = {}
         for layer in candidates:
-            plan = compose([direction], [layer], norms, at_full, self._provenance("layer choice"))
-            samples = self.measure(folder, f"layer_{layer:02d}", "validation", plan, f"trying layer {layer}")
-            found[layer] = evaluate(samples, base)
+            alone = _Course(directions=[direction], layers=[layer], norms=norms)
+            full = self.scaled(folder, f"strength_{layer:02d}", alone, step_coefficients([], steer, 1), steer.kl)
+            plan = self.composed(alone, full, "layer choice")
+            what = f"trying layer {layer}"
+            samples, beside = self.measure(folder, f"layer_{layer:02d}", "validation", plan, what, base)
+            found[layer] = evaluate(samples, beside)
         chosen = choose_layer(found, evaluate(base, base).nll.estimate + self.config.steering.max_nll_increase)
         self.evaluated(
             folder,
@@ -402,28 +524,121 @@ class _Loop:
         )
         return [chosen]
 
-    def finish(self, folder: Folder, t: int, plan: SteeringPlan, base: list[Sample], pairs: Mapping[str, Any]) -> None:
-        """Save the plan of an iteration and measure it on the held-out prompts."""
+    def finish(
+        self, folder: Folder, t: int, course: "_Course", base: list[Sample], pairs: Mapping[str, Any]
+    ) -> Decision | None:
+        """Compose the plan of an iteration, measure it on the held-out prompts, and let the guard decide; a step that
+        is over budget is tried again, smaller."""
+        settings, guard = self.config.steering, self.config.guard
+        kept = [*course.coefficients, 0.0] if settings.compose == "accumulate" else [0.0] * t
+        wanted = [k + course.trust * (c - k) for k, c in zip(kept, self.steps(folder, t, course), strict=True)]
+        tries = 1
+        while True:
+            plan = self.composed(course, wanted, f"iteration {t}")
+            name = "heldout" if tries == 1 else f"heldout_{tries}"
+            what = f"iteration {t}/{self.config.iterations}, held-out prompts"
+            samples, beside = self.measure(folder, name, "heldout", plan, what, base)
+            found = evaluate(samples, beside)
+            if guard.mode == "off":
+                decision = None
+                break
+            checks = self.checks(folder, t, course, samples, beside, found)
+            decision = decide(checks, guard, tries=tries, coefficients=wanted, idle=course.idle, before=course.before)
+            if decision.shrink == 1.0 or guard.mode == "report":
+                break
+            wanted = [k + decision.shrink * (c - k) for k, c in zip(kept, wanted, strict=True)]
+            course.trust *= decision.shrink
+            tries += 1
+            self.bar.more(len(samples))
         file = folder.path / "plan.safetensors"
         if not file.is_file():
             plan.save(file)
-        what = f"iteration {t}/{self.config.iterations}, held-out prompts"
-        samples = self.measure(folder, "heldout", "heldout", plan, what)
-        self.evaluated(folder, "metrics", lambda: {"evaluation": evaluate(samples, base).to_json(), **pairs})
+        figures = {
+            "evaluation": found.to_json(),
+            "guard": decision.to_json() if decision else None,
+            "coefficients": wanted,
+            "tries": tries,
+            **pairs,
+        }
+        self.evaluated(folder, "metrics", lambda: figures)
+        course.take(decision if guard.mode == "act" else None, plan, wanted, score_changes(samples, beside))
+        return decision
 
-    def control(self, plan: SteeringPlan, shuffled: Sequence[Tensor], norms: Tensor, base: list[Sample]) -> None:
-        """Measure the norm-matched shuffled-label controls of the last plan."""
+    def steps(self, folder: Folder, t: int, course: "_Course") -> list[float]:
+        """Coefficients of the directions so far, the newest with its whole step."""
+        settings, turns = self.config.steering, self.config.iterations
+        whole = step_coefficients(course.coefficients, settings, turns)
+        share = t / turns if settings.compose == "accumulate" else 1.0
+        return self.scaled(folder, "strength", course, whole, settings.kl * share)
+
+    def checks(
+        self,
+        folder: Folder,
+        t: int,
+        course: "_Course",
+        samples: Sequence[Sample],
+        base: Sequence[Sample],
+        found: Evaluation,
+    ) -> Checks:
+        """What the guard looks at."""
+        change = score_changes(samples, base)
+        turn = None
+        if course.newest is not None:
+            both = course.directions[-1][course.layers], course.newest[course.layers]
+            turn = float(torch.cosine_similarity(*both, dim=-1).mean())
+        distinct = self.base_evaluation().distinct_2.estimate
+        return Checks(
+            effect=found.difference,
+            gain=None if course.best is None else bootstrap_mean(change - course.best),
+            kl_95=found.kl_95,
+            perplexity_ratio=perplexity_ratio(samples, base),
+            diversity=found.distinct_2.estimate / distinct if distinct else 1.0,
+            turn=turn,
+            agreement=self.agreement(folder, t),
+        )
+
+    def agreement(self, folder: Folder, t: int) -> float | None:
+        """Share of comparisons in which the ranker, asked again, stands by what it said about the first responses.
+        None where it isn't asked, or told none of them apart."""
+        if self.config.ranking.audit == "off":
+            return None
+        first = by_prompt(self.store.iteration(1).read_samples("samples"))[: self.config.ranking.audit_prompts]
+
+        def make() -> list[list[float]]:
+            self.bar.phase(f"iteration {t}: asking {self.ranker.name} again about its first verdicts")
+            with self.spending(folder, "audit", self.ranker):
+                fresh = getattr(self.ranker, "uncached", None)
+                asked = as_ranker(fresh()) if callable(fresh) else self.ranker
+                lists = [(self.prompts[group[0].prompt], [s.text for s in group]) for group in first]
+                return [list(scores) for scores in asked.rank_all(lists)]
+
+        again = folder.json("first_verdicts_again", make)
+        stands = []
+        for group, scores in zip(first, again, strict=True):
+            before = pair_signs([s.score for s in group if s.score is not None])
+            stands += same_verdict(before, pair_signs(scores))[before != 0].tolist()
+        return float(np.mean(stands)) if stands else None
+
+    def control(self, course: "_Course", real: "_Turn", base: list[Sample]) -> None:
+        """Measure the norm-matched shuffled-label controls of the run's plan."""
         folder = self.store.folder("controls")
         found: list[Evaluation] = []
         for k in range(self.config.evaluation.controls):
             name = f"shuffled {k + 1}/{self.config.evaluation.controls}"
-            null = compose_control([s[k] for s in shuffled], plan, norms, self.config, self._provenance(name))
+            null = compose_control(
+                [shuffled[k] for shuffled in course.shuffled[: len(real.coefficients)]],
+                real.coefficients,
+                real.plan,
+                course.norms,
+                self.config.steering,
+                self._provenance(name),
+            )
             file = folder.path / f"plan_{k + 1}.safetensors"
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 null.save(file)
-            samples = self.measure(folder, f"heldout_{k + 1}", "heldout", null, f"control: {name}")
-            found.append(evaluate(samples, base))
+            samples, beside = self.measure(folder, f"heldout_{k + 1}", "heldout", null, f"control: {name}", base)
+            found.append(evaluate(samples, beside))
         self.evaluated(folder, "metrics", lambda: {"controls": [e.to_json() for e in found]})
 
     # What the steps are made of
@@ -485,8 +700,9 @@ class _Loop:
         seed: int,
         what: str,
         judging: AbstractContextManager[Any] | None = None,
+        base: Sequence[Sample] = (),
     ) -> list[Sample]:
-        """Scored samples of a split."""
+        """Scored samples of a split; ``base`` are those of the base model that they will be held against."""
         there = any((folder.path / f"{name}{end}").is_file() for end in (".jsonl", ".responses.jsonl"))
         if there and (folder.final, name) not in self._drawn:
             self.bar.advance(len(self.indices(split)) * n if isinstance(n, int) else sum(n.values()))
@@ -495,14 +711,26 @@ class _Loop:
             drawn = self.responses(folder, name, split, plan, n=n, seed=seed, what=what)
             self.bar.phase(f"{what}: ranking with {self.ranker.name}")
             with self.spending(folder, "rank", self.ranker), judging or nullcontext():
-                return rank(self.ranker, self.prompts, drawn)
+                scored, beside = rank_beside(self.ranker, self.prompts, drawn, base)
+            if beside is not None:
+                write_jsonl(folder.path / f"{name}.base.jsonl", [asdict(sample) for sample in beside])
+            return scored
 
         samples = folder.samples(name, score)
         folder.remove(f"{name}.responses.jsonl")
         return samples
 
-    def measure(self, folder: Folder, name: str, split: str, plan: SteeringPlan, what: str) -> list[Sample]:
-        """Samples of a split with scores and side effects, drawn with the same random numbers for every plan."""
+    def measure(
+        self,
+        folder: Folder,
+        name: str,
+        split: str,
+        plan: SteeringPlan,
+        what: str,
+        base: Sequence[Sample] = (),
+    ) -> tuple[list[Sample], list[Sample]]:
+        """Samples of a split with scores and side effects, drawn with the same random numbers for every plan; and
+        those of the base model, with scores that can be compared with theirs."""
 
         def make() -> list[Sample]:
             scored = self.ranked(
@@ -513,7 +741,9 @@ class _Loop:
                 n=self.config.evaluation.samples,
                 seed=derive_seed(self.config.seed, split),
                 what=what,
+                base=base,
             )
+            beside = self.beside(folder, f"{name}.scored", base)
             self.bar.phase(f"{what}: perplexity and KL")
             first = [s for s in scored if s.draw < self.config.evaluation.measured and s.nll is None]
             with self.spending(folder, "measure") as meter:
@@ -524,19 +754,28 @@ class _Loop:
                     meter.add(forced_count([self.encoded[prompt] for prompt in places], rows))
             found = {(s.prompt, s.draw): s for s in measured}
             whole = [found.get((s.prompt, s.draw), s) for s in scored]
-            if self.evaluator is None:
-                return whole
-            self.bar.phase(f"{what}: judging with {self.evaluator.name}")
-            with self.spending(folder, "evaluator", self.evaluator):
-                second = rank(self.evaluator, self.prompts, whole)
-            judged = {(s.prompt, s.draw): s.score for s in second}
-            return [replace(s, independent=judged[s.prompt, s.draw]) for s in whole]
+            if self.evaluator is not None:
+                self.bar.phase(f"{what}: judging with {self.evaluator.name}")
+                with self.spending(folder, "evaluator", self.evaluator):
+                    second, again = rank_beside(self.evaluator, self.prompts, whole, base)
+                whole = _judged(whole, second)
+                if again is not None:
+                    beside = _judged(beside, again)
+            if any(a is not b for a, b in zip(beside, base, strict=True)):
+                write_jsonl(folder.path / f"{name}.base.jsonl", [asdict(sample) for sample in beside])
+            return whole
 
         if (folder.path / f"{name}.jsonl").is_file():
             self.bar.advance(len(self.indices(split)) * self.config.evaluation.samples)
         samples = folder.samples(name, make)
         folder.remove(f"{name}.scored.jsonl")
-        return samples
+        folder.remove(f"{name}.scored.base.jsonl")
+        return samples, self.beside(folder, name, base)
+
+    def beside(self, folder: Folder, name: str, base: Sequence[Sample]) -> list[Sample]:
+        """The base model's samples, as they were scored together with others where scores hold only among those."""
+        own = f"{name}.base"
+        return folder.read_samples(own) if (folder.path / f"{own}.jsonl").is_file() else list(base)
 
     def evaluated(self, folder: Folder, name: str, make: Callable[[], Any]) -> None:
         """Write a folder's figures and call it complete."""
@@ -558,6 +797,27 @@ class _Loop:
         return replace(
             self.adapter.provenance, source=f"{source}, config {self.config.digest}", config=self.config.digest
         )
+
+
+def rank_beside(
+    ranker: CheckedRanker, prompts: Sequence[str], samples: Sequence[Sample], base: Sequence[Sample]
+) -> tuple[list[Sample], list[Sample] | None]:
+    """Samples with scores; and, where the ranker's scores hold only among the responses that it saw together, the base
+    model's, scored together with them. Otherwise None: the scores that they have will do."""
+    if not base or not compares(ranker):
+        return rank(ranker, prompts, samples), None
+    first = 1 + max(s.draw for s in samples)
+    both = rank(ranker, prompts, [*samples, *(replace(s, draw=first + s.draw) for s in base)])
+    scores = {(s.prompt, s.draw): s.score for s in both}
+    return (
+        [replace(s, score=scores[s.prompt, s.draw]) for s in samples],
+        [replace(s, score=scores[s.prompt, first + s.draw]) for s in base],
+    )
+
+
+def _judged(samples: Sequence[Sample], second: Sequence[Sample]) -> list[Sample]:
+    scores = {(s.prompt, s.draw): s.score for s in second}
+    return [replace(s, independent=scores[s.prompt, s.draw]) for s in samples]
 
 
 def choose_layer(found: Mapping[int, Evaluation], max_nll: float) -> int:

@@ -28,6 +28,11 @@ class Progress:
         """Count responses as done."""
         self._bar.update(count)
 
+    def more(self, count: int) -> None:
+        """Count on more responses than was known before."""
+        self._bar.total = (self._bar.total or 0) + count
+        self._bar.refresh()
+
     def __enter__(self) -> "Progress":
         return self
 

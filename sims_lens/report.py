@@ -184,7 +184,7 @@ def _heading(run: Run) -> str:
         ("Ranker", run.ranker),
         ("Prompts", prompts),
         ("Steered", f"layer {layers}, {steering.site}, {steering.scope} tokens"),
-        ("Strength", f"{steering.strength:g} × the median residual norm, {steering.compose}"),
+        ("Strength", f"{run.strength_text()}, {steering.compose}"),
         ("Run", f"{state}, seed {run.config.seed}"),
     )
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd dir='auto'>{escape(text)}</dd></div>" for name, text in facts)
@@ -196,8 +196,8 @@ def _heading(run: Run) -> str:
 
 
 def _responses(run: Run) -> Iterator[str]:
-    """First draws of the base model and of the last iteration, side by side."""
-    last = len(run.iterations)
+    """First draws of the base model and under the run's plan, side by side."""
+    last = run.best.index if run.best else 0
     base = {s.prompt: s for s in run.samples(0) if s.draw == 0}
     steered = {s.prompt: s for s in run.samples(last) if s.draw == 0} if last else {}
     shown = [index for index in run.indices("heldout") if index in base and (not last or index in steered)]

@@ -17,7 +17,8 @@ from sims_lens.cost import Cost, cost_text
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RunError
 from sims_lens.evaluate import Effect, Evaluation
-from sims_lens.plan import Provenance, SteeringPlan
+from sims_lens.guard import Decision, best_iteration
+from sims_lens.plan import NOTHING, Provenance, SteeringPlan
 from sims_lens.stats import Interval, holm, null_band
 from sims_lens.store import RunStore, read_json, read_jsonl, read_tensors
 
@@ -39,6 +40,9 @@ class Iteration:
         pairs: how many contrast pairs were fitted, their margins, turnover, and length gap.
         dropped: how many prompts gave no pair, by reason.
         audit: what the ranker says when it is asked about the pairs again; None where it was not.
+        decision: what the guard decided, and why; None where it was off, or in a run of an earlier version.
+        coefficients: how much of the direction of each iteration so far is in the plan, in units of the median norm.
+        tries: how often it was measured: once more for each time that the guard made its step smaller.
         path: its folder.
     """
 
@@ -48,7 +52,15 @@ class Iteration:
     pairs: PairDiagnostics
     dropped: dict[str, int]
     audit: PairAudit | None
+    decision: Decision | None
+    coefficients: tuple[float, ...]
+    tries: int
     path: Path = field(repr=False)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the loop went on from it."""
+        return self.decision is None or self.decision.kept
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -80,6 +92,7 @@ class Run:
         audit: how far the ranker can be trusted, by the first responses; None where it was not asked.
         choice: for each layer that "auto" tried, its evaluation on the validation prompts; empty otherwise.
         cost: what each phase took.
+        stopped: why the run ended before its last iteration; "" where it didn't.
     """
 
     path: Path
@@ -95,35 +108,57 @@ class Run:
     audit: Audit | None
     choice: dict[int, Evaluation]
     cost: dict[str, Cost]
+    stopped: str
+
+    @property
+    def best(self) -> Iteration | None:
+        """The iteration that the run's plan is taken from: of those that the guard accepted the one with the largest
+        effect; where it accepted none, the last one that the loop went on from; where it did not act, the last one.
+        None where all were rolled back, or none is finished yet."""
+        acts = self.config.guard.mode == "act"
+        decisions = [i.decision if acts else None for i in self.iterations]
+        index = best_iteration(decisions, [i.evaluation.difference.estimate for i in self.iterations])
+        return None if index is None else self.iterations[index]
+
+    @property
+    def _count(self) -> int:
+        return len(self.iterations)
 
     @property
     def plan(self) -> SteeringPlan:
-        """The plan after the last finished iteration.
+        """The plan of :attr:`best`; one that steers nothing where the guard rolled all iterations back.
 
         Raises:
             RunError: no iteration is finished yet.
         """
         if not self.iterations:
             raise RunError(f"{self.path} has no finished iteration yet; call improve(..., out={str(self.path)!r})")
-        return self.iterations[-1].plan
+        return self.best.plan if self.best else NOTHING
+
+    def before(self, iteration: int) -> SteeringPlan:
+        """The plan that an iteration, counted from 1, drew its responses under."""
+        kept = [i for i in self.iterations[: iteration - 1] if i.kept or self.config.guard.mode != "act"]
+        return kept[-1].plan if kept else NOTHING
 
     @property
     def complete(self) -> bool:
-        """Whether every iteration and every control is there."""
-        return len(self.iterations) == self.config.iterations and len(self.controls) == self.config.evaluation.controls
+        """Whether every iteration that was to come and every control is there."""
+        ended = self._count == self.config.iterations or bool(self.stopped)
+        wanted = self.config.evaluation.controls if self.best else 0
+        return ended and len(self.controls) == wanted
 
     @property
     def null_band(self) -> Interval | None:
         """Where the effect of a plan that has learnt nothing would lie with 95% probability, by the shuffled-label
-        controls (:func:`sims_lens.stats.null_band`); None with fewer than two. They have the norm of the last plan."""
+        controls (:func:`sims_lens.stats.null_band`); None with fewer than two. They have the norm of the run's plan."""
         return null_band([control.difference.estimate for control in self.controls])
 
     @property
     def beats_controls(self) -> bool | None:
-        """Whether the last iteration's effect lies above the null band; None where there is none."""
-        if self.null_band is None or not self.iterations:
+        """Whether the effect of the run's plan lies above the null band; None where there is none."""
+        if self.null_band is None or self.best is None:
             return None
-        return self.iterations[-1].evaluation.difference.estimate > self.null_band.high
+        return self.best.evaluation.difference.estimate > self.null_band.high
 
     def adjusted_p(self) -> list[float] | None:
         """For each iteration p of no effect on the held-out prompts, by sign flips, adjusted for their number (Holm).
@@ -154,7 +189,9 @@ class Run:
                 f"there are no {split} samples of iteration {iteration}; "
                 f"finished iterations are 1..{len(self.iterations)}, splits are 'heldout' and 'train'"
             )
-        return store.iteration(iteration).read_samples("samples" if split == "train" else "heldout")
+        tries = self.iterations[iteration - 1].tries
+        heldout = "heldout" if tries == 1 else f"heldout_{tries}"
+        return store.iteration(iteration).read_samples("samples" if split == "train" else heldout)
 
     def text_pairs(self, split: str = "heldout") -> list[tuple[str, str, str]]:
         """(prompt, best text, worst text) of each prompt, by the ranker's scores: what a
@@ -238,32 +275,42 @@ class Run:
         """What was learnt, in one or two plain sentences."""
         if not self.iterations:
             return "No iteration is finished yet."
-        last = self.iterations[-1].evaluation
-        turns = "1 iteration" if len(self.iterations) == 1 else f"{len(self.iterations)} iterations"
+        guard = "" if self.best is self.iterations[-1] and not self.stopped else f" {self.guard_text()}"
+        if self.best is None:
+            return f"Every iteration was rolled back: the run's plan steers nothing.{guard}"
+        best, count = self.best.evaluation, self.best.index
+        turns = "1 iteration" if count == 1 else f"{count} iterations"
         text = (
             f"After {turns} a steered response scores higher than a base response in "
-            f"{100 * last.win_rate.estimate:.0f}% of cases "
-            f"[{100 * last.win_rate.low:.0f}, {100 * last.win_rate.high:.0f}] on "
+            f"{100 * best.win_rate.estimate:.0f}% of cases "
+            f"[{100 * best.win_rate.low:.0f}, {100 * best.win_rate.high:.0f}] on "
             f"{len(self.indices('heldout'))} held-out prompts ({self.ranker})."
         )
         adjusted = self.adjusted_p()
         if adjusted is not None:
+            tested = "1 iteration" if self._count == 1 else f"{self._count} iterations"
             text += (
-                f" p of no effect, adjusted for {turns}: {p_text(adjusted[-1])}; these prompts show a change of "
-                f"{last.win_rate.detectable:.2f} in win rate with 80% power."
+                f" p of no effect, adjusted for {tested}: {p_text(adjusted[count - 1])}; "
+                f"these prompts show a change of {best.win_rate.detectable:.2f} in win rate with 80% power."
             )
-        band, effect = self.null_band, last.difference.estimate
+        band, effect = self.null_band, best.difference.estimate
         if band is None:
-            return text + self._independent_verdict()
+            return text + self._independent_verdict(best) + guard
         relation = "lies above" if self.beats_controls else "does NOT lie above"
         return (
             f"{text} Its effect, {effect:+.3g}, {relation} the null band [{band.low:+.3g}, {band.high:+.3g}]: there "
             f"lie 19 of 20 plans of this norm that learnt nothing, by {len(self.controls)} shuffled-label controls."
-            f"{_FEW if len(self.controls) < 5 else ''}{self._independent_verdict()}"
+            f"{_FEW if len(self.controls) < 5 else ''}{self._independent_verdict(best)}{guard}"
         )
 
-    def _independent_verdict(self) -> str:
-        last = self.iterations[-1].evaluation.independent
+    def guard_text(self) -> str:
+        """What the guard decided about each iteration, in a sentence each; "" where it was off."""
+        made = [f"Iteration {i.index}: {i.decision.reason}" for i in self.iterations if i.decision is not None]
+        told = self.stopped and not any(self.stopped in sentence for sentence in made)
+        return " ".join([*made, *([self.stopped] if told else [])])
+
+    def _independent_verdict(self, best: Evaluation) -> str:
+        last = best.independent
         if last is None:
             return ""
         band = null_band([c.independent.difference.estimate for c in self.controls if c.independent])
@@ -273,20 +320,33 @@ class Run:
             f"[{last.difference.low:+.3g}, {last.difference.high:+.3g}] and the win rate {last.win_rate}{null}."
         )
 
+    def strength_text(self) -> str:
+        """How strongly the run's plan steers, and what that was chosen by."""
+        strengths = {i.coefficient for i in self.plan.interventions} if self.iterations else set()
+        spent = ", ".join(f"{strength:.3g}" for strength in sorted(strengths))
+        chosen, steer = "", self.config.steering
+        if steer.strength == "auto":
+            chosen = f" (auto: {steer.kl:g} nats of KL per token)"
+        elif not spent:
+            spent = f"{steer.strength:g}"
+        return f"strength {spent} x median residual norm{chosen}" if spent else f"strength not found yet{chosen}"
+
     def __repr__(self) -> str:
         counts = {name: len(self.indices(name)) for name in ("train", "validation", "heldout")}
         layers = ", ".join(str(layer) for layer in self.plan.layers) if self.iterations else "none yet"
+        guard = self.guard_text()
         lines = [
             f"Run at {self.path} ({'complete' if self.complete else 'not finished'})",
             f"  {self.model.model}, ranker {self.ranker}, seed {self.config.seed}"
             + (f", judged independently by {self.evaluator}" if self.evaluator else ""),
             f"  prompts: {counts['train']} training, {counts['validation']} validation, {counts['heldout']} held-out",
-            f"  steered: layer {layers}, {self.config.steering.site}, {self.config.steering.compose}, total strength "
-            f"{self.config.steering.strength:g} x median residual norm",
+            f"  steered: layer {layers}, {self.config.steering.site}, {self.config.steering.compose}, "
+            f"{self.strength_text()}",
             "",
             table_text(self.cells()),
             "",
             f"  {self.verdict()}",
+            *([f"  Guard: {guard}"] if guard and guard not in self.verdict() else []),
             *([f"  Audit of {self.ranker}: {self.audit.verdict} ({self.audit.reason})."] if self.audit else []),
             f"  {cost_text(self.cost)}",
         ]
@@ -350,6 +410,9 @@ def open_run(path: str | Path) -> Run:
                 pairs=PairDiagnostics.from_json(metrics["diagnostics"]),
                 dropped=metrics["dropped"],
                 audit=PairAudit.from_json(metrics["audit"]) if metrics["audit"] else None,
+                decision=Decision.from_json(metrics["guard"]) if metrics.get("guard") else None,
+                coefficients=tuple(metrics.get("coefficients") or _coefficients(config, len(iterations) + 1)),
+                tries=int(metrics.get("tries", 1)),
                 path=folder.path,
             )
         )
@@ -380,4 +443,12 @@ def open_run(path: str | Path) -> Run:
         if choice.complete
         else {},
         cost=cost,
+        stopped=store.stopped,
     )
+
+
+def _coefficients(config: SIMSConfig, count: int) -> list[float]:
+    """Those of a run of an earlier version, which had one fixed strength."""
+    if config.steering.compose == "replace":
+        return [0.0] * (count - 1) + [float(config.steering.strength)]
+    return [float(config.steering.strength) / config.iterations] * count

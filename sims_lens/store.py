@@ -109,6 +109,9 @@ class Folder:
             self.partial.replace(self.final)
 
 
+_FIGURES = ("score", "independent", "nll", "kl", "kl_95")
+
+
 def _sample(row: Any, file: Path) -> Sample:
     try:
         return Sample(
@@ -117,7 +120,7 @@ def _sample(row: Any, file: Path) -> Sample:
             tokens=tuple(int(t) for t in row["tokens"]),
             text=str(row["text"]),
             ended=bool(row["ended"]),
-            **{k: None if row.get(k) is None else float(row[k]) for k in ("score", "independent", "nll", "kl")},
+            **{k: None if row.get(k) is None else float(row[k]) for k in _FIGURES},
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}: {error}); delete the file and resume") from error
@@ -222,6 +225,17 @@ class RunStore:
     def iteration(self, index: int) -> Folder:
         """The folder of an iteration, counted from 1."""
         return self.folder(f"iterations/{index:02d}")
+
+    @property
+    def stopped(self) -> str:
+        """Why the run ended before its last iteration; "" where it has not."""
+        file = self.path / "stopped.json"
+        return str(read_json(file)["reason"]) if file.is_file() else ""
+
+    def stop(self, reason: str) -> None:
+        """Write down why no further iteration is to come."""
+        if not self.stopped:
+            write_json(self.path / "stopped.json", {"reason": reason})
 
     def begin(self, header: Mapping[str, Any], prompts: Iterable[Mapping[str, Any]]) -> None:
         """Start a run here, or make sure that the one here is the same.

@@ -285,7 +285,9 @@ def _directions(source: Any, plan: SteeringPlan) -> Directions:
     last = several[-1]
     if isinstance(source, Run) and source.config.steering.compose == "accumulate":
         units = [d.vectors / d.vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12) for d in several]
-        return replace(last, name="the run", vectors=torch.stack(units).sum(0))
+        shares = source.best.coefficients if source.best else [1.0] * len(units)
+        parts = [share * unit for share, unit in zip(shares, units, strict=False)]
+        return replace(last, name="the run", vectors=torch.stack(parts).sum(0))
     return replace(last, name="the run" if isinstance(source, Run) else "the fit")
 
 

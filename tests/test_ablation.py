@@ -217,8 +217,10 @@ def composed_run(path: Path, iterations: int) -> sims.Run:
     """A run whose last plan is composed as the loop does it."""
     run = write_run(path, iterations=iterations)
     norms = run.iterations[0].tensors["median_norm"]
-    plan = compose([i.vectors for i in run.iterations], [2, 8], norms, run.config, run.model)
-    return replace(run, iterations=(*run.iterations[:-1], replace(run.iterations[-1], plan=plan)))
+    shares = [0.2 / iterations] * iterations
+    plan = compose([i.vectors for i in run.iterations], shares, [2, 8], norms, run.config.steering, run.model)
+    last = replace(run.iterations[-1], plan=plan, coefficients=tuple(shares))
+    return replace(run, iterations=(*run.iterations[:-1], last))
 
 
 def test_the_iterations_of_a_run_add_up_to_its_plan(tmp_path: Path) -> None:
@@ -241,9 +243,10 @@ def test_iterations_that_cannot_be_taken_apart(tmp_path: Path) -> None:
     steering = replace(run.config.steering, compose="replace")
     with pytest.raises(PlanError, match=r"replaced each other .* by='layer'"):
         parts_of(replace(run, config=replace(run.config, steering=steering)), "iteration")
-    other = replace(run.config.steering, strength=2 * run.config.steering.strength)
+    *before, last = run.iterations
+    other = replace(last, coefficients=tuple(2 * c for c in last.coefficients))
     with pytest.raises(RunError, match="miss its plan"):
-        parts_of(replace(run, config=replace(run.config, steering=other)), "iteration")
+        parts_of(replace(run, iterations=(*before, other)), "iteration")
     with pytest.raises(PlanError, match=r"does not know its iterations; give the run"):
         parts_of(run.plan, "iteration")
     with pytest.raises(RunError, match="has no residual norm at layer 8"):

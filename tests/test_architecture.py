@@ -17,13 +17,13 @@ ROOT = Path(sims_lens.__file__).parent
 LEVELS = {
     0: ["errors", "sites", "scope", "data", "config", "cost", "stats", "progress"]
     + ["estimators", "prompts", "transforms"],
-    1: ["plan", "contrast", "store", "moments"],
+    1: ["plan", "contrast", "store", "moments", "guard"],
     2: ["adapter", "bank", "selection", "hub"],
     3: ["models", "twin", "capture_store"],
     4: ["activations"],
     5: ["hooks", "supervised", "forced"],
     6: ["sampling", "evaluate", "export"],
-    7: ["rankers"],
+    7: ["rankers", "strength"],
     8: ["auditing", "behaviour"],
     9: ["iteration", "run", "calibration"],
     10: ["loop", "analysis"],

@@ -142,7 +142,7 @@ def test_help_names_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         main(["improve", "--help"])
     assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "--steering.strength" in printed and "(default: 0.2)" in printed
+    assert "--steering.strength" in printed and "(default: auto)" in printed and "(default: 0.3)" in printed
 
 
 def test_plain_shows_control_characters() -> None:

@@ -452,20 +452,21 @@ def test_compose_is_the_equation_in_the_docstring() -> None:
     directions = [torch.randn(3, 8), torch.randn(3, 8)]
     norms = torch.tensor([2.0, 3.0, 4.0])
     unit = [d / d.norm(dim=-1, keepdim=True) for d in directions]
-    accumulated = compose(directions, [1, 2], norms, config(iterations=2), Provenance())
+    accumulated = compose(directions, [0.15, 0.15], [1, 2], norms, config().steering, Provenance())
     expected = (unit[0] + unit[1]) * 0.3 / 2
     for layer in (1, 2):
         torch.testing.assert_close(accumulated.vectors()[layer, "resid_post"], expected[layer] * norms[layer])
-    first = compose(directions[:1], [1], norms, config(iterations=2), Provenance())
+    first = compose(directions[:1], [0.15], [1], norms, config().steering, Provenance())
     torch.testing.assert_close(first.vectors()[1, "resid_post"], unit[0][1] * 0.15 * 3.0)
-    replaced = compose(directions, [1], norms, config(steering={"compose": "replace"}), Provenance())
+    replaced = compose(directions, [0.0, 0.3], [1], norms, config().steering, Provenance())
     torch.testing.assert_close(replaced.vectors()[1, "resid_post"], unit[1][1] * 0.3 * 3.0)
 
 
 def test_controls_have_the_norm_of_the_real_plan() -> None:
     norms = torch.tensor([2.0, 3.0, 4.0])
-    real = compose([torch.randn(3, 8)] * 2, [0, 2], norms, config(), Provenance())
-    null = compose_control([torch.randn(3, 8), torch.randn(3, 8)], real, norms, config(), Provenance())
+    shares, settings = [0.15, 0.1], config().steering
+    real = compose([torch.randn(3, 8)] * 2, shares, [0, 2], norms, settings, Provenance())
+    null = compose_control([torch.randn(3, 8), torch.randn(3, 8)], shares, real, norms, settings, Provenance())
     for where, vector in real.vectors().items():
         torch.testing.assert_close(null.vectors()[where].norm(), vector.norm())
         assert torch.nn.functional.cosine_similarity(null.vectors()[where], vector, dim=0).abs() < 0.999
@@ -495,3 +496,25 @@ def test_the_runs_plan_steers(model: Any, run: sims.Run) -> None:
     assert torch.equal(model(tokens), base)
     assert isinstance(SteeringPlan.load(run.path / "iterations/02/plan.safetensors"), SteeringPlan)
     assert run.plan.provenance.model == "small" and run.config.digest in run.plan.provenance.source
+
+
+class Relative:
+    """Scores hold only among the responses that it sees together: places, with a mean of 0 in every list."""
+
+    name = "relative"
+    pointwise = False
+
+    def rank(self, prompt: str, responses: Sequence[str]) -> list[float]:
+        scores = vowels(prompt, responses)
+        return [sum(score > other for other in scores) - sum(score < other for other in scores) for score in scores]
+
+
+def test_steered_and_unsteered_responses_are_ranked_together(model: Any, run: sims.Run, tmp_path: Path) -> None:
+    """Each list by itself would have a mean of 0, whatever the steering does."""
+    other = improve(model, tmp_path / "run", Relative(), evaluator=Relative())
+    assert same_vectors(run, other)
+    for ours, theirs in zip(other.rows()[1:], run.rows()[1:], strict=True):
+        assert ours[1].win_rate == theirs[1].win_rate, ours[0]
+        assert ours[1].independent is not None and ours[1].independent.win_rate == ours[1].win_rate
+    again = improve(model, tmp_path / "run", Relative(), evaluator=Relative())
+    assert [e for _, e in again.rows()] == [e for _, e in other.rows()]

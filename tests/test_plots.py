@@ -10,7 +10,7 @@ import torch
 
 from sims_lens import plots
 from sims_lens.bank import diagnose
-from sims_lens.config import EvaluationConfig, SIMSConfig
+from sims_lens.config import EvaluationConfig, SIMSConfig, SteeringConfig
 from sims_lens.cost import Cost
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
@@ -61,7 +61,8 @@ def write_run(
     """
     finished = iterations if finished is None else finished
     generator = torch.Generator().manual_seed(0)
-    config = SIMSConfig(iterations=iterations, evaluation=EvaluationConfig(controls=controls, samples=2))
+    evaluation, steering = EvaluationConfig(controls=controls, samples=2), SteeringConfig(strength=0.2)
+    config = SIMSConfig(iterations=iterations, steering=steering, evaluation=evaluation)
     provenance = Provenance(model=model, n_layers=LAYERS, d_model=D_MODEL)
     split = ["heldout"] * heldout + ["validation"] * 4 + ["train"] * heldout
     store = RunStore(path)

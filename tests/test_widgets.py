@@ -109,8 +109,9 @@ def test_a_run_starts_with_its_own_plan(compose: str, llama: Any, tmp_path: Path
     norms = torch.tensor([10.0, 20.0, 30.0])
     iterations = []
     for k, i in enumerate(run.iterations):
-        made = composed(cut[: k + 1], [1], norms, config, Provenance())
-        i = replace(i, plan=made)
+        shares = [0.0] * k + [0.2] if compose == "replace" else [0.2 / 3] * (k + 1)
+        made = composed(cut[: k + 1], shares, [1], norms, config.steering, Provenance())
+        i = replace(i, plan=made, coefficients=tuple(shares))
         i.__dict__["tensors"] = {
             "mean_difference": cut[k],
             "median_norm": norms,

@@ -323,15 +323,19 @@ def _iterations(run: Run) -> dict[str, SteeringPlan]:
     norms = {i.layer: i.residual_norm for i in plan.interventions if i.residual_norm is not None}
     if missing := set(plan.layers) - norms.keys():
         raise RunError(f"the plan of {run.path} has no residual norm at layer {min(missing)}; use by='layer'")
+    if run.best is None:
+        raise RunError(f"every iteration of {run.path} was rolled back: there is nothing to leave out")
     parts = {}
-    for iteration in run.iterations:
+    for iteration, coefficient in zip(run.iterations, run.best.coefficients, strict=False):
+        if not coefficient:
+            continue  # rolled back
         vectors = {layer: iteration.vectors[layer].float() for layer in plan.layers}
         vectors = {layer: vector for layer, vector in vectors.items() if bool(vector.any())}
         part = SteeringPlan((), plan.provenance)
         if vectors:
             part = SteeringPlan.addition(
                 vectors,
-                coefficient=settings.strength / run.config.iterations,
+                coefficient=coefficient,
                 units="residual_norm",
                 site=settings.site,
                 scope=settings.scope,

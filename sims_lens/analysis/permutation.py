@@ -14,7 +14,6 @@ from sims_lens.behaviour import TextPair, encode_pairs
 from sims_lens.errors import ConfigError, FitError, PromptError, RunError
 from sims_lens.estimators import unit
 from sims_lens.hooks import steering
-from sims_lens.plan import NOTHING
 from sims_lens.run import Run
 from sims_lens.scope import TokenScope
 from sims_lens.stats import holm
@@ -167,7 +166,7 @@ def run_differences(model: Any, run: Run, iteration: int) -> Float[Tensor, "pair
         for row in chosen
         for side in ("best", "worst")
     ]
-    with steering(model, run.iterations[iteration - 2].plan if iteration > 1 else NOTHING):
+    with steering(model, run.before(iteration)):
         means = capture(model, rows, site=run.config.steering.site).means
     differences = means[0::2] - means[1::2]
     agreement = float(torch.cosine_similarity(differences.mean(0), turn.vectors.float(), dim=-1).median())

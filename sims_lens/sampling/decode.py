@@ -37,7 +37,7 @@ class Row:
         tokens: so far.
         ended: the model, or a stop string, has ended it.
         nll: sum over its tokens of the negative log-likelihood under the model without the plan, where measured.
-        kl: sum over its tokens of KL(with the plan || without), where measured.
+        kls: KL(with the plan || without) before each of its tokens, where measured.
     """
 
     prompt: int
@@ -46,7 +46,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
     nll: float = 0.0
-    kl: float = 0.0
+    kls: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,8 @@ class Decoder:
                 row.ended = True
                 continue
             row.tokens.append(token)
-            row.nll, row.kl = row.nll + row_nll, row.kl + row_kl
+            row.nll += row_nll
+            row.kls.append(row_kl)
             kept = self.job.cut(row.tokens)
             if kept is not None:
                 row.ended = True

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from sims_lens.adapter import Adapter, adapt, left_pad
@@ -209,7 +210,8 @@ class LocalSampler:
             text=adapter.decode(tokens),
             ended=row.ended,
             nll=row.nll / count if measured else None,
-            kl=row.kl / count if measured else None,
+            kl=sum(row.kls) / count if measured else None,
+            kl_95=float(np.quantile(row.kls, 0.95)) if measured and row.kls else None,
         )
 
     def _kept_bodies(self, way: Road) -> Bodies | None:
