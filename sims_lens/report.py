@@ -159,6 +159,8 @@ def _sections(run: Run, figures: "dict[str, go.Figure]", analyses: Sequence[obje
             yield place(f"analysis-{number}-{k}", figure)
         if hasattr(result, "_repr_html_") and not hasattr(result, "to_plotly_json"):
             yield f'<details><summary>The numbers</summary><div class="scroll">{result._repr_html_()}</div></details>'
+    if any(i.decision for i in run.iterations):
+        yield from _guard(run)
     if run.choice:
         yield from _choice(run)
     if run.iterations:
@@ -241,6 +243,31 @@ def _choice(run: Run) -> Iterator[str]:
     )
     head = ("layer", "win rate [95%]", "difference [95%]", "NLL", "KL", "")
     yield _table(head, [_choice_row(layer, run.choice[layer], chosen) for layer in sorted(run.choice)])
+
+
+def _guard(run: Run) -> Iterator[str]:
+    limits = run.config.guard
+    acts = "" if limits.mode == "act" else " It only reports here: every iteration was kept."
+    yield "<h2>The guard</h2>"
+    yield (
+        '<p class="note">What each iteration was held against on the held-out prompts, and what was decided.'
+        f"{acts} KL: the 95th percentile of a response’s tokens, nats. Perplexity and distinct word pairs: against the "
+        "base model’s. Turn: cosine with the direction before. Ranker: how far it stands by its first verdicts.</p>"
+    )
+    head = ("iteration", "times measured", f"KL (at most {limits.kl_95:g})")
+    head += (f"perplexity (at most × {limits.perplexity_ratio:g})", f"distinct pairs (at least × {limits.diversity:g})")
+    head += (f"turn (at least {limits.turn:g})", "ranker", "decision")
+    rows = []
+    for i in run.iterations:
+        if i.decision is None:
+            continue
+        checks = i.decision.checks
+        kl, ratio = (found.estimate if found else None for found in (checks.kl_95, checks.perplexity_ratio))
+        figures = (kl, ratio, checks.diversity, checks.turn)
+        told = ("–" if value is None else f"{value:.2f}" for value in figures)
+        agreed = "–" if checks.agreement is None else f"{100 * checks.agreement:.0f}%"
+        rows.append((str(i.index), str(i.tries), *told, agreed, i.decision.reason))
+    yield _table(head, rows)
 
 
 def _choice_row(layer: int, e: Evaluation, chosen: Iterable[int]) -> tuple[str, ...]:

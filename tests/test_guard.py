@@ -1,5 +1,6 @@
 """The guard: what it decides, that planted disasters are found and rolled back, and that a run says why."""
 
+import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,9 +12,11 @@ import tiny
 from test_loop import PROMPTS, config, improve, vowels
 
 import sims_lens as sims
+from sims_lens.cli import summary
 from sims_lens.config import GuardConfig
 from sims_lens.errors import ConfigError, TooFewPairsError
 from sims_lens.guard import Checks, Decision, best_iteration, decide, gained
+from sims_lens.report import write_report
 from sims_lens.sampling import LocalSampler, TokenCount
 from sims_lens.stats import Interval
 
@@ -111,6 +114,12 @@ def test_wrong_settings_are_named(wrong: dict[str, Any], message: str) -> None:
         GuardConfig(**wrong)
 
 
+def report_page(run: sims.Run) -> str:
+    """The report, and whatever else shows a run."""
+    assert repr(run) and run._repr_html_() and summary(run)["verdict"] == run.verdict()
+    return write_report(run).read_text()
+
+
 # Disasters, on a real run of a tiny model
 
 
@@ -137,6 +146,7 @@ def test_a_coefficient_ten_times_too_big(model: Any, tmp_path: Path, seed: int) 
     # what was measured last is what the folder's plan and samples are
     assert sum(first.coefficients) < 1.5 and len(run.samples(1)) == 2 * len(run.indices("heldout"))
     assert (first.path / "heldout.jsonl").is_file() and (first.path / "heldout_3.jsonl").is_file()
+    assert "The guard" in (page := report_page(run)) and html.escape(first.decision.reason) in page
     if not first.kept:
         assert "Rolled back" in first.decision.reason and run.before(2).interventions == ()
     again = improve(model, tmp_path / "run", config=wanted)

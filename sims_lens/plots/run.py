@@ -291,6 +291,8 @@ def _progress(
     subtitle = f"{len(run.indices('heldout'))} held-out prompts, 95% intervals over prompts" + (
         "; in the band one more plan that learnt nothing would lie (95%)" if band else ""
     )
+    if any(not i.kept for i in iterations):
+        subtitle += "; hollow: rolled back"
     figure = titled(go.Figure(), title, subtitle)
     figure.add_scatter(
         x=x,
@@ -300,7 +302,7 @@ def _progress(
         name="steered",
         mode="lines+markers",
         line={"color": BLUE, "width": 2.5},
-        marker={"size": 9},
+        marker={"size": 9, "symbol": ["circle" if i.kept else "circle-open" for i in iterations]},
         hovertemplate=_hover("iteration %{x}", hover, number),
     )
     start, end = x[0] - 0.5, x[-1] + 0.5
@@ -408,6 +410,8 @@ def _above_zero(values: Float[Tensor, " layer"]) -> list[float | None]:
 
 def _steered_text(run: Run, mark: str | None = "dotted") -> str:
     layers = run.plan.layers
+    if not layers:
+        return "Steered: no layer, every iteration was rolled back"
     text = f"Steered: layer{'' if len(layers) == 1 else 's'} {', '.join(str(layer) for layer in layers)}"
     return f"{text} ({mark})" if mark else text
 
