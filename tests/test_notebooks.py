@@ -46,16 +46,24 @@ def executed(script: Path, folder: Path) -> None:
     assert (folder / f"{script.stem}.ipynb").is_file()
 
 
+# The two longest take four and three minutes of a core each: `make test-slow` runs them.
+LONG = {"03_where_a_direction_lives", "05_judging_the_judge"}
+
+
+def to_run(scripts: list[Path]) -> list[Any]:
+    return [pytest.param(s, id=s.stem, marks=[pytest.mark.slow] if s.stem in LONG else []) for s in scripts]
+
+
 # Two classes, because xdist gives a class to one worker as a whole: the halves run side by side.
 
 
 class TestOddOnesRun:
-    @pytest.mark.parametrize("script", SCRIPTS[0::2], ids=lambda path: path.stem)
+    @pytest.mark.parametrize("script", to_run(SCRIPTS[0::2]))
     def test_from_top_to_bottom(self, script: Path, tmp_path: Path) -> None:
         executed(script, tmp_path)
 
 
 class TestEvenOnesRun:
-    @pytest.mark.parametrize("script", SCRIPTS[1::2], ids=lambda path: path.stem)
+    @pytest.mark.parametrize("script", to_run(SCRIPTS[1::2]))
     def test_from_top_to_bottom(self, script: Path, tmp_path: Path) -> None:
         executed(script, tmp_path)
