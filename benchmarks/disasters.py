@@ -1,0 +1,105 @@
+"""Does the guard see planted disasters, and is the run's plan none of them? On real runs of the embedded model.
+
+A coefficient ten times too big, an oracle whose sign flips at iteration 2, a sampler that says one thing only from
+iteration 2 on; beside them runs in which nothing is wrong, for false alarms. `python benchmarks/disasters.py` makes
+100 runs of each (about an hour on two cores) and prints a table.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import sims_lens as sims
+
+COUNT = 24  # prompts; a run takes some seconds
+
+
+class Flipping:
+    """Reading ease, upside down once a folder exists."""
+
+    name = "flipping"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.inner = folder, sims.ReadingEase()
+
+    def rank(self, prompt, responses):
+        sign = -1 if self.folder.exists() else 1
+        return [sign * score for score in self.inner.rank(prompt, responses)]
+
+
+class Collapsing:
+    """The model's own sampler, until a folder exists."""
+
+    def __init__(self, model, settings, folder: Path) -> None:
+        self.inner, self.folder = sims.LocalSampler(model, settings), folder
+
+    @property
+    def count(self):
+        return self.inner.count
+
+    def sample(self, prompts, *, n, plan, seed):
+        for sample in self.inner.sample(prompts, n=n, plan=plan, seed=seed):
+            yield replace(sample, tokens=sample.tokens[:1] * 8, text="the the the the") if self._broken else sample
+
+    @property
+    def _broken(self) -> bool:
+        return self.folder.with_name("01").exists()
+
+
+def one(model, disaster: str, seed: int) -> tuple[bool, bool, bool]:
+    """Was it seen; is the run's plan free of it; was nothing else rolled back?"""
+    with tempfile.TemporaryDirectory() as folder:
+        second = Path(folder) / "iterations" / "02.partial"
+        steering = sims.SteeringConfig(layers=(17,))
+        config = sims.SIMSConfig(
+            iterations=2,
+            seed=seed,
+            sampling=sims.SamplingConfig(max_new_tokens=16),
+            steering=replace(steering, strength=2.0) if disaster == "coefficient" else steering,
+            evaluation=sims.EvaluationConfig(validation=0.0, controls=0, samples=2, measured=1),
+        )
+        ranker = Flipping(second) if disaster == "flip" else sims.ReadingEase()
+        sampler = Collapsing(model, config.sampling, second) if disaster == "collapse" else None
+        run = sims.improve(
+            model, sims.everyday(COUNT), ranker=ranker, config=config, out=folder, sampler=sampler, progress=False
+        )
+        rolled = [i for i in run.iterations if not i.kept]
+        if disaster == "coefficient":
+            seen = run.iterations[0].tries > 1
+            safe = run.best is None or run.best.evaluation.kl_95.estimate <= config.guard.kl_95
+        elif disaster == "nothing":
+            seen, safe = not rolled and not run.stopped, True
+        else:
+            seen = bool(run.stopped) and all(i.kept for i in run.iterations[:1])
+            safe = run.best is None or run.best.index == 1
+        accepted = [
+            i.evaluation.difference.estimate for i in run.iterations if i.kept and i.decision.action == "accept"
+        ]
+        best = not accepted or (run.best is not None and run.best.evaluation.difference.estimate == max(accepted))
+        return seen, safe, best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=100)
+    given = parser.parse_args()
+    model = sims.load("embedded")
+    print("| disaster | runs | seen | the run's plan is free of it | never worse than the best accepted iteration |")
+    print("|---|---|---|---|---|")
+    for disaster, name in (
+        ("coefficient", "a coefficient ten times too big"),
+        ("flip", "an oracle whose sign flips at iteration 2"),
+        ("collapse", "a sampler that collapses at iteration 2"),
+        ("nothing", "none (seen: nothing was rolled back or stopped)"),
+    ):
+        found = [one(model, disaster, seed) for seed in range(given.runs)]
+        shares = []
+        for column in zip(*found, strict=True):
+            count = sum(column)
+            shares.append(f"{count} of {given.runs}")
+        print(f"| {name} | {given.runs} | {' | '.join(shares)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
