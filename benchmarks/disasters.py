@@ -24,6 +24,7 @@ class Flipping:
         self.folder, self.inner = folder, sims.ReadingEase()
 
     def rank(self, prompt, responses):
+        """See :class:`sims_lens.Ranker`."""
         sign = -1 if self.folder.exists() else 1
         return [sign * score for score in self.inner.rank(prompt, responses)]
 
@@ -36,9 +37,11 @@ class Collapsing:
 
     @property
     def count(self):
+        """See :class:`sims_lens.Sampler`."""
         return self.inner.count
 
     def sample(self, prompts, *, n, plan, seed):
+        """See :class:`sims_lens.Sampler`."""
         for sample in self.inner.sample(prompts, n=n, plan=plan, seed=seed):
             yield replace(sample, tokens=sample.tokens[:1] * 8, text="the the the the") if self._broken else sample
 
