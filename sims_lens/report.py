@@ -254,9 +254,16 @@ def _guard(run: Run) -> Iterator[str]:
         f"{acts} KL: the 95th percentile of a response’s tokens, nats. Perplexity and distinct word pairs: against the "
         "base model’s. Turn: cosine with the direction before. Ranker: how far it stands by its first verdicts.</p>"
     )
-    head = ("iteration", "times measured", f"KL (at most {limits.kl_95:g})")
-    head += (f"perplexity (at most × {limits.perplexity_ratio:g})", f"distinct pairs (at least × {limits.diversity:g})")
-    head += (f"turn (at least {limits.turn:g})", "ranker", "decision")
+    head = (
+        "iteration",
+        "times measured",
+        f"KL (at most {limits.kl_95:g})",
+        f"perplexity (at most × {limits.perplexity_ratio:g})",
+        f"distinct pairs (at least × {limits.diversity:g})",
+        f"turn (at least {limits.turn:g})",
+        "ranker",
+        "decision",
+    )
     rows = []
     for i in run.iterations:
         if i.decision is None:
