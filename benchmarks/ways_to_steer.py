@@ -19,9 +19,9 @@ import sims_lens as sims
 from sims_lens.activations import capture, capture_tokens
 from sims_lens.adapter import adapt
 from sims_lens.bank import MemoryBank, select_pairs
-from sims_lens.calibration import Point, best_within, perplexity_ratio, search
+from sims_lens.calibration import Point, best_within, search
 from sims_lens.estimators import ESTIMATORS, fit_layers
-from sims_lens.evaluate import evaluate, side_effects
+from sims_lens.evaluate import evaluate, perplexity_ratio, side_effects
 from sims_lens.loop import derive_seed
 from sims_lens.plan import NOTHING
 from sims_lens.rankers import as_ranker, rank

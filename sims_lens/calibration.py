@@ -655,6 +655,5 @@ __all__ = [
     "Point",
     "best_within",
     "calibrate",
-    "perplexity_ratio",
     "search",
 ]

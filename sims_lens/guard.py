@@ -17,7 +17,7 @@ prompts that it is reported on flatters it; the p-values are adjusted for their 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from sims_lens.config import GuardConfig
@@ -76,9 +76,6 @@ class Decision:
             is shown; "roll back": the loop goes on from what was before it.
         reason: why, in one sentence.
         stop: whether the run ends here.
-        coefficients: of the directions of all iterations so far, in the plan that was measured last, in units of the
-            median residual norm.
-        tries: how often the iteration was measured: 1, and once more for each time its step was made smaller.
         checks: what that rests on.
         shrink: what the step is to be multiplied by, where it is to be tried again; 1.0 otherwise.
     """
@@ -86,8 +83,6 @@ class Decision:
     action: Action
     reason: str
     stop: bool
-    coefficients: tuple[float, ...]
-    tries: int
     checks: Checks
     shrink: float = 1.0
 
@@ -98,13 +93,12 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; the inverse of :meth:`from_json`."""
-        return {**asdict(self), "checks": self.checks.to_json(), "coefficients": list(self.coefficients)}
+        return {**asdict(self), "checks": self.checks.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Decision":
         """What :meth:`to_json` described."""
-        given = {**data, "checks": Checks.from_json(data["checks"]), "coefficients": tuple(data["coefficients"])}
-        return cls(**given)
+        return cls(**{**data, "checks": Checks.from_json(data["checks"])})
 
 
 def decide(
@@ -112,7 +106,6 @@ def decide(
     limits: GuardConfig,
     *,
     tries: int,
-    coefficients: Sequence[float],
     idle: int = 0,
     before: str = "the base model",
 ) -> Decision:
@@ -121,8 +114,7 @@ def decide(
     Args:
         checks: what was measured.
         limits: what it must keep to.
-        tries: how often it was measured.
-        coefficients: of the plan that was measured.
+        tries: how often it was measured: 1, and once more for each time its step was made smaller.
         idle: iterations in a row before this one that gained nothing.
         before: what the loop goes back to, in words.
 
@@ -131,7 +123,7 @@ def decide(
     """
 
     def decided(action: Action, reason: str, *, stop: bool = False, shrink: float = 1.0) -> Decision:
-        return Decision(action, reason, stop, tuple(coefficients), tries, checks, shrink)
+        return Decision(action, reason, stop, checks, shrink)
 
     smaller = f" after its step was made smaller {_times(tries - 1)}" if tries > 1 else ""
     if checks.agreement is not None and checks.agreement < OPPOSITE:
@@ -159,7 +151,6 @@ def decide(
         if change is not None and change.high < 0:
             reason = f"Rolled back to {before}: it scores worse than {than}, {_change(change)}."
             return _idle(decided("roll back", reason), limits, idle)
-    gained = checks.gain is None or checks.gain.estimate > 0
     if checks.effect.low > 0:
         reason = f"Accepted{smaller}: its effect, {_change(checks.effect)}, is above 0 and it keeps to the budgets."
         found = decided("accept", reason)
@@ -169,8 +160,7 @@ def decide(
             f"Not accepted{smaller}: its effect, {_change(checks.effect)}, is not shown to be above 0; it keeps to the "
             "budgets, and the loop goes on from it.",
         )
-        gained = gained and checks.effect.estimate > 0
-    return found if gained else _idle(found, limits, idle)
+    return found if gained(found) else _idle(found, limits, idle)
 
 
 def _idle(found: Decision, limits: GuardConfig, idle: int) -> Decision:
@@ -178,9 +168,7 @@ def _idle(found: Decision, limits: GuardConfig, idle: int) -> Decision:
     if idle + 1 < limits.patience:
         return found
     rest = f" The run stops: {idle + 1} iteration{'s in a row' if idle else ''} gained nothing."
-    return Decision(
-        found.action, found.reason + rest, True, found.coefficients, found.tries, found.checks, found.shrink
-    )
+    return replace(found, reason=found.reason + rest, stop=True)
 
 
 def best_iteration(decisions: Sequence[Decision | None], effects: Sequence[float]) -> int | None:

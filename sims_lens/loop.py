@@ -543,7 +543,7 @@ class _Loop:
                 decision = None
                 break
             checks = self.checks(folder, t, course, samples, beside, found)
-            decision = decide(checks, guard, tries=tries, coefficients=wanted, idle=course.idle, before=course.before)
+            decision = decide(checks, guard, tries=tries, idle=course.idle, before=course.before)
             if decision.shrink == 1.0 or guard.mode == "report":
                 break
             wanted = [k + decision.shrink * (c - k) for k, c in zip(kept, wanted, strict=True)]

@@ -41,6 +41,7 @@ class Iteration:
         dropped: how many prompts gave no pair, by reason.
         audit: what the ranker says when it is asked about the pairs again; None where it was not.
         decision: what the guard decided, and why; None where it was off, or in a run of an earlier version.
+        kept: whether the loop went on from it: it does where the guard only reports.
         coefficients: how much of the direction of each iteration so far is in the plan, in units of the median norm.
         tries: how often it was measured: once more for each time that the guard made its step smaller.
         path: its folder.
@@ -53,14 +54,10 @@ class Iteration:
     dropped: dict[str, int]
     audit: PairAudit | None
     decision: Decision | None
+    kept: bool
     coefficients: tuple[float, ...]
     tries: int
     path: Path = field(repr=False)
-
-    @property
-    def kept(self) -> bool:
-        """Whether the loop went on from it."""
-        return self.decision is None or self.decision.kept
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -137,7 +134,7 @@ class Run:
 
     def before(self, iteration: int) -> SteeringPlan:
         """The plan that an iteration, counted from 1, drew its responses under."""
-        kept = [i for i in self.iterations[: iteration - 1] if i.kept or self.config.guard.mode != "act"]
+        kept = [i for i in self.iterations[: iteration - 1] if i.kept]
         return kept[-1].plan if kept else NOTHING
 
     @property
@@ -307,7 +304,8 @@ class Run:
         """What the guard decided about each iteration, in a sentence each; "" where it was off."""
         made = [f"Iteration {i.index}: {i.decision.reason}" for i in self.iterations if i.decision is not None]
         told = self.stopped and not any(self.stopped in sentence for sentence in made)
-        return " ".join([*made, *([self.stopped] if told else [])])
+        only = ["It only reports, every iteration was kept."] if made and self.config.guard.mode == "report" else []
+        return " ".join([*only, *made, *([self.stopped] if told else [])])
 
     def _independent_verdict(self, best: Evaluation) -> str:
         last = best.independent
@@ -402,6 +400,7 @@ def open_run(path: str | Path) -> Run:
     while store.iteration(len(iterations) + 1).complete:
         folder = store.iteration(len(iterations) + 1)
         metrics = read_json(folder.path / "metrics.json")
+        decision = Decision.from_json(metrics["guard"]) if metrics.get("guard") else None
         iterations.append(
             Iteration(
                 index=len(iterations) + 1,
@@ -410,7 +409,8 @@ def open_run(path: str | Path) -> Run:
                 pairs=PairDiagnostics.from_json(metrics["diagnostics"]),
                 dropped=metrics["dropped"],
                 audit=PairAudit.from_json(metrics["audit"]) if metrics["audit"] else None,
-                decision=Decision.from_json(metrics["guard"]) if metrics.get("guard") else None,
+                decision=decision,
+                kept=decision is None or decision.kept or config.guard.mode != "act",
                 coefficients=tuple(metrics.get("coefficients") or _coefficients(config, len(iterations) + 1)),
                 tries=int(metrics.get("tries", 1)),
                 path=folder.path,

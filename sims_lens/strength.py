@@ -24,6 +24,9 @@ from sims_lens.twin import response_logits
 RESPONSES = 8
 """Responses that the divergence is measured on, to different prompts: a strength need not be known to a percent."""
 
+TOKENS = 40
+"""Of each response, at most: a distribution over the vocabulary is held for each of them."""
+
 NEAR = 4.0
 """Within this factor of the budget the square law is trusted: on SmolLM2-135M-Instruct, at three layers and over three
 iterations, what it foretold was within 4% of what was measured there."""
@@ -39,7 +42,8 @@ class Divergence:
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``, unsteered.
         prompts: those that ``Sample.prompt`` counts.
-        samples: responses of the unsteered model; the first to each of the first :data:`RESPONSES` prompts are used.
+        samples: responses of the unsteered model; the first :data:`TOKENS` tokens of the first one to each of the
+            first :data:`RESPONSES` prompts are used.
     """
 
     def __init__(self, model: Any, prompts: Sequence[str], samples: Sequence[Sample]) -> None:
@@ -48,8 +52,8 @@ class Divergence:
         chosen = [first[prompt] for prompt in list(dict.fromkeys(s.prompt for s in samples if s.tokens))[:RESPONSES]]
         self.model = model
         self.prompts = [adapter.encode(prompts[s.prompt]) for s in chosen]
-        self.rows = [(index, s.tokens) for index, s in enumerate(chosen)]
-        lengths = torch.tensor([len(s.tokens) for s in chosen])
+        self.rows = [(index, s.tokens[:TOKENS]) for index, s in enumerate(chosen)]
+        lengths = torch.tensor([len(tokens) for _, tokens in self.rows])
         self.counted = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).to(adapter.device)
         self.count = TokenCount()
         self.base = self._log_probs()
@@ -129,4 +133,4 @@ def solve(divergence: Callable[[float], float], wanted: float) -> Strength:
     return Strength(factor, found, PASSES)
 
 
-__all__ = ["RESPONSES", "Divergence", "Strength", "find_strength", "solve"]
+__all__ = ["RESPONSES", "TOKENS", "Divergence", "Strength", "find_strength", "solve"]

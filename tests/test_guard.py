@@ -32,12 +32,12 @@ FINE = Checks(
 
 
 def asked(tries: int = 1, idle: int = 0, **changes: Any) -> Decision:
-    return decide(replace(FINE, **changes), GuardConfig(), tries=tries, coefficients=[0.1], idle=idle)
+    return decide(replace(FINE, **changes), GuardConfig(), tries=tries, idle=idle)
 
 
 def test_what_has_an_effect_and_keeps_to_the_budgets_is_accepted() -> None:
     found = asked()
-    assert (found.action, found.stop, found.shrink, found.coefficients) == ("accept", False, 1.0, (0.1,))
+    assert (found.action, found.stop, found.shrink) == ("accept", False, 1.0)
     assert "+5 [+2, +8]" in found.reason and gained(found)
     assert Decision.from_json(json.loads(json.dumps(found.to_json()))) == found
     first = asked(gain=None, turn=None, agreement=None, kl_95=None, perplexity_ratio=None)
@@ -201,6 +201,8 @@ def test_a_report_changes_nothing_and_off_asks_nothing(model: Any, tmp_path: Pat
     silent = improve(model, tmp_path / "silent", config=replace(strong, guard=GuardConfig(mode="off")))
     assert told.best is told.iterations[-1] and told.iterations[-1].coefficients == (1.5, 1.5)
     assert told.iterations[0].decision is not None and "Over budget" in told.guard_text()
+    assert told.guard_text().startswith("It only reports") and all(i.kept for i in told.iterations)
+    assert told.before(2) == told.iterations[0].plan
     assert silent.iterations[0].decision is None and silent.guard_text() == ""
     assert told.samples(2) == silent.samples(2) and told.base == silent.base
 

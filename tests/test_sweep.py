@@ -18,10 +18,10 @@ from sims_lens.analysis import sweep as module
 from sims_lens.analysis.directions import directions_of
 from sims_lens.analysis.sweep import COEFFICIENTS, LayerSweep, SweepCell, layer_sweep
 from sims_lens.behaviour import logprob_margin
-from sims_lens.calibration import FluencyBudget, perplexity_ratio
+from sims_lens.calibration import FluencyBudget
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError, RankerError, RunError
 from sims_lens.estimators import MeanDifference
-from sims_lens.evaluate import evaluate, side_effects
+from sims_lens.evaluate import evaluate, perplexity_ratio, side_effects
 from sims_lens.plan import NOTHING, Provenance, SteeringPlan
 from sims_lens.plots import TEMPLATE
 from sims_lens.plots.sweep import frontier
