@@ -118,8 +118,8 @@ def step_coefficients(kept: Sequence[float], settings: SteeringConfig, iteration
         settings: of the run.
         iterations: T.
 
-    >>> step_coefficients([0.1, 0.0], SteeringConfig(strength=0.3), 3)
-    [0.1, 0.0, 0.1]
+    >>> step_coefficients([0.25, 0.0], SteeringConfig(strength=0.75), 3)
+    [0.25, 0.0, 0.25]
     """
     strength = FIRST_GUESS if settings.strength == "auto" else float(settings.strength)
     if settings.compose == "replace":
