@@ -98,7 +98,8 @@ class Decision:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Decision":
         """What :meth:`to_json` described."""
-        return cls(**{**data, "checks": Checks.from_json(data["checks"])})
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        return cls(**{**known, "checks": Checks.from_json(data["checks"])})
 
 
 def decide(

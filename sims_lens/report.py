@@ -256,11 +256,11 @@ def _guard(run: Run) -> Iterator[str]:
     )
     head = (
         "iteration",
-        "times measured",
-        f"KL (at most {limits.kl_95:g})",
-        f"perplexity (at most × {limits.perplexity_ratio:g})",
-        f"distinct pairs (at least × {limits.diversity:g})",
-        f"turn (at least {limits.turn:g})",
+        "tries",
+        f"KL ≤ {limits.kl_95:g}",
+        f"perplexity ≤ {limits.perplexity_ratio:g}",
+        f"pairs ≥ {limits.diversity:g}",
+        f"turn ≥ {limits.turn:g}",
         "ranker",
         "decision",
     )
@@ -273,8 +273,12 @@ def _guard(run: Run) -> Iterator[str]:
         figures = (kl, ratio, checks.diversity, checks.turn)
         told = ("–" if value is None else f"{value:.2f}" for value in figures)
         agreed = "–" if checks.agreement is None else f"{100 * checks.agreement:.0f}%"
-        rows.append((str(i.index), str(i.tries), *told, agreed, i.decision.reason))
+        rows.append((str(i.index), str(i.tries), *told, agreed, i.decision.action))
     yield _table(head, rows)
+    reasons = (f"<li>Iteration {i.index}: {escape(i.decision.reason)}</li>" for i in run.iterations if i.decision)
+    yield f"<ul>{''.join(reasons)}</ul>"
+    if run.stopped and all(i.decision is None or i.decision.reason != run.stopped for i in run.iterations):
+        yield f"<p>{escape(run.stopped)}</p>"
 
 
 def _choice_row(layer: int, e: Evaluation, chosen: Iterable[int]) -> tuple[str, ...]:
