@@ -18,10 +18,10 @@ from sims_lens.bank import MemoryBank, select_pairs
 from sims_lens.config import SIMSConfig
 from sims_lens.evaluate import side_effects
 from sims_lens.iteration import compose, fit_contrast
-from sims_lens.loop import derive_seed
 from sims_lens.plan import NOTHING
 from sims_lens.rankers import as_ranker, rank
 from sims_lens.stats import bootstrap_mean, win_probability
+from sims_lens.workbench import derive_seed
 
 LAYER = {"reading-ease": 17, "vader": 22}
 STRENGTH = 0.2

@@ -22,10 +22,10 @@ from sims_lens.bank import MemoryBank, select_pairs
 from sims_lens.calibration import Point, best_within, search
 from sims_lens.estimators import ESTIMATORS, fit_layers
 from sims_lens.evaluate import evaluate, perplexity_ratio, side_effects
-from sims_lens.loop import derive_seed
 from sims_lens.plan import NOTHING
 from sims_lens.rankers import as_ranker, rank
 from sims_lens.supervised import aligned
+from sims_lens.workbench import derive_seed
 
 DIRECTIONS = ("mean_difference", "pca", "pca_classes", "logistic_probe", "mass_mean", "whitened_mean_difference")
 CONTROLS = ("random_direction", "shuffled_mean_difference")

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from sims_lens.behaviour import PairBehaviour, SampledBehaviour
     from sims_lens.calibration import Calibration, FluencyBudget, calibrate
     from sims_lens.capture_store import StoredTokens
+    from sims_lens.comparison import Comparison, compare, open_comparison
     from sims_lens.config import (
         ContrastConfig,
         EvaluationConfig,
+        GuardConfig,
         RankingConfig,
         SamplingConfig,
         SIMSConfig,
@@ -99,8 +101,12 @@ _HOME = {
     "Calibration": "calibration",
     "FluencyBudget": "calibration",
     "calibrate": "calibration",
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "open_comparison": "comparison",
     "ContrastConfig": "config",
     "EvaluationConfig": "config",
+    "GuardConfig": "config",
     "RankingConfig": "config",
     "SIMSConfig": "config",
     "SamplingConfig": "config",
@@ -168,6 +174,7 @@ __all__ = [
     "CachedRanker",
     "Calibration",
     "Clamp",
+    "Comparison",
     "ContrastConfig",
     "EndpointJudge",
     "Ensemble",
@@ -175,6 +182,7 @@ __all__ = [
     "EvaluationConfig",
     "FluencyBudget",
     "Gated",
+    "GuardConfig",
     "HPR",
     "HouseholderRotation",
     "LayerSweep",
@@ -213,6 +221,7 @@ __all__ = [
     "capture",
     "capture_moments",
     "capture_tokens",
+    "compare",
     "component_effects",
     "direction_readers",
     "direction_similarity",
@@ -230,6 +239,7 @@ __all__ = [
     "logit_attribution",
     "model_axes",
     "model_card",
+    "open_comparison",
     "open_run",
     "plots",
     "push_to_hub",

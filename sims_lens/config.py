@@ -208,6 +208,8 @@ class EvaluationConfig:
         measured: of those, how many of each prompt have their perplexity and KL measured. It comes along with
             drawing them where the model has a twin, and costs as much again where not.
         controls: norm-matched shuffled-label plans, evaluated beside the last iteration; a null band takes two.
+        split_seed: of the split of the prompts; None for the run's seed. Runs with different seeds and the same
+            ``split_seed`` are measured on the same held-out prompts.
     """
 
     heldout: float = 0.4
@@ -215,6 +217,7 @@ class EvaluationConfig:
     samples: int = 3
     measured: int = 2
     controls: int = 5
+    split_seed: int | None = None
 
     def __post_init__(self) -> None:
         _number("heldout", self.heldout, 0.0, 1.0, open_low=True)
@@ -226,6 +229,8 @@ class EvaluationConfig:
         _positive_int("samples", self.samples)
         _positive_int("measured", self.measured)
         _positive_int("controls", self.controls, low=0)
+        if self.split_seed is not None:
+            _positive_int("split_seed", self.split_seed, low=0)
 
 
 @dataclass(frozen=True)

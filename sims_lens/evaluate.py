@@ -207,6 +207,7 @@ def side_effects(
     samples: Sequence[Sample],
     plan: SteeringPlan,
     *,
+    asked: Sequence[str] | None = None,
     batch_rows: int = 32,
 ) -> list[Sample]:
     """The samples with ``nll`` and ``kl``: they run teacher-forced through the base model and, where there is a plan,
@@ -217,21 +218,25 @@ def side_effects(
         prompts: those that ``Sample.prompt`` counts.
         samples: responses drawn under ``plan``.
         plan: what they were drawn under; an empty plan gives KL 0.
+        asked: what the samples answer, where that isn't the prompt itself but one with an instruction, say. The base
+            model is still asked the prompt.
         batch_rows: samples in one forward pass, about.
     """
     adapter = adapt(model)
     groups = by_prompt(samples)
     encoded = {group[0].prompt: adapter.encode(prompts[group[0].prompt]) for group in groups}
+    answered = encoded if asked is None else {i: adapter.encode(asked[i]) for i in encoded}
     groups.sort(key=lambda group: len(encoded[group[0].prompt]))
     size = max(1, batch_rows // max(len(group) for group in groups))
     found: dict[tuple[int, int], Sample] = {}
     for start in range(0, len(groups), size):
         batch = groups[start : start + size]
         rows = [(index, sample) for index, group in enumerate(batch) for sample in group]
-        asked = [encoded[group[0].prompt] for group in batch]
+        heads = [encoded[group[0].prompt] for group in batch]
+        others = [answered[group[0].prompt] for group in batch]
         forced = [(index, sample.tokens) for index, sample in rows]
         with torch.inference_mode():
-            base = response_logits(model, asked, forced).float().log_softmax(-1)
+            base = response_logits(model, heads, forced).float().log_softmax(-1)
             targets = torch.zeros(base.shape[:2], dtype=torch.long)
             for row, (_, tokens) in enumerate(forced):
                 targets[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
@@ -239,9 +244,9 @@ def side_effects(
             counted = (torch.arange(base.shape[1])[None] < lengths[:, None]).to(base.device)
             nll = _per_row(-base.gather(-1, targets.to(base.device)[..., None])[..., 0], counted)
             each = torch.zeros_like(base[..., 0])
-            if plan.interventions:
+            if plan.interventions or asked is not None:
                 with steering(model, plan):
-                    steered = response_logits(model, asked, forced).float().log_softmax(-1)
+                    steered = response_logits(model, others, forced).float().log_softmax(-1)
                 each = kl_divergence(steered, base)
             kl = _per_row(each, counted)
         for row, (_, sample) in enumerate(rows):

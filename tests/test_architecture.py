@@ -25,12 +25,13 @@ LEVELS = {
     6: ["sampling", "evaluate", "export"],
     7: ["rankers", "strength"],
     8: ["auditing", "behaviour"],
-    9: ["iteration", "run", "calibration"],
+    9: ["iteration", "run", "calibration", "course", "workbench"],
     10: ["loop", "analysis"],
-    11: ["plots"],
-    12: ["report", "widgets"],
-    13: ["cli"],
-    14: ["__main__"],
+    11: ["comparison"],
+    12: ["plots"],
+    13: ["report", "widgets"],
+    14: ["cli"],
+    15: ["__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 

@@ -16,9 +16,10 @@ from safetensors import safe_open
 import sims_lens as sims
 from sims_lens.errors import ConfigError, PlanError, PromptError, RankerError, RunError
 from sims_lens.iteration import candidate_layers, compose, compose_control
-from sims_lens.loop import choose_layer, split_prompts
+from sims_lens.loop import choose_layer
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.sampling import TokenCount
+from sims_lens.workbench import split_prompts
 
 WORDS = [
     "sea",

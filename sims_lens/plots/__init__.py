@@ -9,6 +9,7 @@ from sims_lens.plots.audit import reliability_card
 from sims_lens.plots.bank import pair_selection
 from sims_lens.plots.calibration import calibration
 from sims_lens.plots.circuits import attribution_check, component_effects, direction_readers
+from sims_lens.plots.comparison import comparison
 from sims_lens.plots.geometry import (
     norm_profile,
     projection_profile,
@@ -31,6 +32,7 @@ __all__ = [
     "TEMPLATE",
     "attribution_check",
     "calibration",
+    "comparison",
     "component_effects",
     "direction_readers",
     "directional_ablation",

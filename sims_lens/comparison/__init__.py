@@ -1,0 +1,6 @@
+"""The loop beside what it has to beat: :func:`compare`."""
+
+from sims_lens.comparison.result import Comparison, Method, Spent, open_comparison
+from sims_lens.comparison.running import compare
+
+__all__ = ["Comparison", "Method", "Spent", "compare", "open_comparison"]

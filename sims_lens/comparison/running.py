@@ -1,0 +1,497 @@
+"""The loop beside what it has to beat, on the same prompts, with the same rankers, seeds, and dose.
+
+For each seed the loop runs as :func:`sims_lens.improve` runs it, on held-out prompts that are the same for all seeds.
+Then every baseline is measured on those prompts:
+
+=====================  ================================================================================================
+loop                   the plan after each iteration
+one-shot               the mean difference of the unsteered model's own best and worst responses, as many in all as the
+                       loop had drawn by then; at the loop's KL divergence, and at its norm
+supervised pairs       contrastive activation addition on pairs that were given, at the loop's KL divergence
+instruction            the unsteered model, told in its prompt what is wanted
+best of N              the best of N responses of the unsteered model, N so that as many tokens are drawn as the loop
+                       takes to learn and to answer; and smaller N
+rejection              the first of those that is good enough
+random direction       at the loop's KL divergence
+shuffled labels        the loop's own controls, of its norm
+=====================  ================================================================================================
+
+The layer is the loop's; so all that is steered is steered at one place with one dose; what differs is the direction.
+KL is measured on the unsteered model's responses when doses are matched, and on each method's own when it is reported.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from sims_lens.bank import MemoryBank, select_pairs
+from sims_lens.config import GuardConfig, SIMSConfig
+from sims_lens.cost import Cost, forced_count
+from sims_lens.data import Sample, by_prompt
+from sims_lens.errors import ConfigError
+from sims_lens.evaluate import evaluate, score_changes
+from sims_lens.guard import best_iteration
+from sims_lens.iteration import compose, fit_contrast
+from sims_lens.loop import improve
+from sims_lens.plan import NOTHING, SteeringPlan
+from sims_lens.progress import Progress
+from sims_lens.prompts import quote
+from sims_lens.rankers import bound_ranker
+from sims_lens.run import Iteration, Run
+from sims_lens.sampling import Sampler
+from sims_lens.stats import win_probability
+from sims_lens.strength import Divergence, find_strength
+from sims_lens.supervised import fit
+from sims_lens.workbench import Workbench, compares, derive_seed, rank_beside
+
+if TYPE_CHECKING:
+    pass
+
+from sims_lens.comparison.choosing import best_of, rejection
+from sims_lens.comparison.result import Comparison, Method, Spent
+from sims_lens.store import Folder
+
+
+def compare(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    ranker: object,
+    evaluator: object | None = None,
+    instruction: str = "",
+    pairs: Sequence[object] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    config: SIMSConfig | None = None,
+    out: str | Path | None = None,
+    sampler: Sampler | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run the loop and what it has to beat, with the same prompts, rankers and seeds, at matched dose and budget.
+
+    What each method is, and what is matched, is said at the top of this module. Best of N has as many tokens to draw as
+    the loop takes to learn *and* to answer the held-out prompts once: the more answers a plan gives, the smaller the
+    share of its learning, and the better it compares.
+
+    Args:
+        model: ``HookedTransformer`` or ``TransformerBridge``.
+        prompts: unlabelled prompts, split by ``config.evaluation``; the held-out ones are the same for all seeds.
+        ranker: as in :func:`sims_lens.improve`; best of N and rejection sampling choose by it.
+        evaluator: a second ranker that nothing learns from or chooses by.
+        instruction: what is wanted, in words, for the plain instruction; it follows the prompt after an empty line. "":
+            that method is left out.
+        pairs: contrast pairs, as :func:`sims_lens.fit` takes them, for supervised steering. None: that is left out.
+        seeds: of the runs, each the whole procedure; three at least, if anything is to be said of other seeds.
+        config: of the loop. ``seed`` is replaced by each of ``seeds``. By default the guard only reports: one that acts
+            chooses the loop's plan on the very prompts that all is measured on.
+        out: a folder; what is there is not computed again. None makes a temporary one.
+        sampler: another engine; the model itself, in this process, by default.
+        progress: show progress bars.
+
+    Raises:
+        ConfigError: no seed, or one twice; or the instruction is no text.
+        SimsError: what :func:`sims_lens.improve` raises.
+
+    >>> from sims_lens.comparison.choosing import best_of_kl
+    >>> round(best_of_kl(2), 2)  # nats that choosing the better of two responses takes
+    0.19
+    """
+    config = config or SIMSConfig(guard=GuardConfig(mode="report"))
+    numbers = tuple(seeds)
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"seeds must be distinct numbers, at least one, got {quote(repr(seeds))}")
+    if not isinstance(instruction, str) or (instruction and not instruction.strip()):
+        raise ConfigError(f'the instruction must be a text such as "Be cheerful.", got {instruction!r}')
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="sims-comparison-"))
+    shares = config.evaluation
+    split_seed = config.seed if shares.split_seed is None else shares.split_seed
+    found: list[dict[str, _Measured]] = []
+    controls: list[float] = []
+    for seed in numbers:
+        own = replace(config, seed=seed, evaluation=replace(shares, split_seed=split_seed))
+        path = folder / f"seed_{seed}"
+        given = {"ranker": ranker, "evaluator": evaluator, "config": own, "out": path, "sampler": sampler}
+        run = improve(model, prompts, **given, progress=progress)  # type: ignore[arg-type]
+        bench = _Bench.begin(model, prompts, **given)  # type: ignore[arg-type]
+        bench.run = run
+        found.append(bench.methods(instruction, pairs, show=progress))
+        controls += [control.difference.estimate for control in run.controls]
+    names = [name for name in found[0] if all(name in others for others in found)]
+    comparison = Comparison(
+        methods=tuple(_method(name, [measured[name] for measured in found]) for name in names),
+        seeds=numbers,
+        heldout=len(run.indices("heldout")),
+        answers=shares.samples,
+        ranker=run.ranker,
+        evaluator=run.evaluator,
+        controls=tuple(controls),
+        comparable=not compares(bound_ranker(ranker, model)),
+        path=folder,
+    )
+    comparison.save(folder / "comparison.json")
+    return comparison
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A method with one seed."""
+
+    family: str
+    dose: str
+    samples: Sequence[Sample]
+    base: Sequence[Sample]
+    learning: Spent
+    answering: Spent
+    norm: float = math.nan
+
+
+def _method(name: str, seeds: Sequence[_Measured]) -> Method:
+    """The figures of a method from its samples with every seed."""
+
+    def each(value: Callable[[_Measured], Any]) -> Float[np.ndarray, "seed prompt"]:
+        return np.array([value(m) for m in seeds], dtype=float)
+
+    def over(value: Callable[[Sample], float | None]) -> Callable[[_Measured], list[float]]:
+        def means(measured: _Measured) -> list[float]:
+            kept = [[v for s in group if (v := value(s)) is not None] for group in by_prompt(measured.samples)]
+            whole = float(np.mean([v for values in kept for v in values]))
+            return [float(np.mean(values)) if values else whole for values in kept]  # one without text tells nothing
+
+        return means
+
+    def wins(score: Callable[[Sample], float | None]) -> Callable[[_Measured], list[float]]:
+        def rates(measured: _Measured) -> list[float]:
+            both = zip(by_prompt(measured.samples), by_prompt(measured.base), strict=True)
+            return [win_probability(*(np.array([score(s) for s in g], dtype=float) for g in pair)) for pair in both]
+
+        return rates
+
+    def second(measured: _Measured) -> list[float]:
+        other = [[replace(s, score=s.independent) for s in side] for side in (measured.samples, measured.base)]
+        return score_changes(*other).tolist()  # type: ignore[no-any-return]
+
+    twice = all(s.independent is not None for m in seeds for s in (*m.samples, *m.base))
+    evaluations = [evaluate(m.samples, m.base) for m in seeds]
+    count = len(seeds)
+    return Method(
+        name=name,
+        family=seeds[0].family,
+        dose=seeds[0].dose,
+        changes=each(lambda m: score_changes(m.samples, m.base)),
+        wins=each(wins(lambda s: s.score)),
+        independent_changes=each(second) if twice else None,
+        independent_wins=each(wins(lambda s: s.independent)) if twice else None,
+        kl=each(over(lambda s: s.kl)),
+        kl_response=each(over(lambda s: None if s.kl is None else s.kl * len(s.tokens))),
+        nll=each(over(lambda s: s.nll if s.tokens else None)),
+        scores=np.array([[[s.score for s in group] for group in by_prompt(m.samples)] for m in seeds], dtype=float),
+        even=tuple(e.length_controlled.estimate if e.length_controlled else math.nan for e in evaluations),
+        distinct_2=tuple(e.distinct_2.estimate for e in evaluations),
+        norm=tuple(m.norm for m in seeds),
+        learning=sum((m.learning for m in seeds), Spent()) * (1 / count),
+        answering=sum((m.answering for m in seeds), Spent()) * (1 / count),
+    )
+
+
+class _Bench(Workbench):
+    """The baselines of one run, measured on its held-out prompts and kept in its folder ``compared``."""
+
+    run: Run
+
+    @cached_property
+    def kept(self) -> Folder:
+        """Where all that is measured here is kept."""
+        return self.store.folder("compared")
+
+    @cached_property
+    def base_samples(self) -> list[Sample]:
+        """The unsteered model on the held-out prompts."""
+        return self.run.samples(0)
+
+    @cached_property
+    def first(self) -> list[Sample]:
+        """The unsteered model's training responses."""
+        return self.run.samples(1, "train")
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Where the loop steers."""
+        return sorted({layer for i in self.run.iterations for layer, _ in i.plan.vectors()})
+
+    @cached_property
+    def norms(self) -> Float[torch.Tensor, " layer"]:
+        """Median norm of the stream."""
+        return self.run.iterations[0].tensors["median_norm"]
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """How far a plan moves the model, on its own first responses, as the loop measures it."""
+        return Divergence(self.model, self.prompts, self.first)
+
+    def methods(self, instruction: str, pairs: Sequence[object], *, show: bool) -> dict[str, _Measured]:
+        """Every method by name."""
+        run = self.run
+        turns = range(1, run.config.iterations + 1)
+        steps = [_after(run, t) for t in turns]
+        many = [t * self.config.sampling.responses for t in turns]
+        answers = len(self.base_samples)
+        plans = len(turns) + 2 + bool(pairs) + bool(instruction)
+        with Progress(len(self.indices("train")) * many[-1] + (plans + 4) * answers, show=show) as self.bar:
+            found = dict(self.loop(run, steps))
+            found |= self.one_shot(steps, many)
+            if pairs:
+                found |= self.supervised(pairs, steps[-1])
+            if instruction:
+                found |= self.instructed(instruction)
+            found |= self.random(steps[-1])
+            loop = list(found.values())[len(steps) - 1]
+            found |= self.shuffled(run, loop)
+            found |= self.chosen(loop)
+        return found
+
+    # What things take
+
+    def spent(self, samples: Sequence[Sample], *, judged: bool = True, asked: Sequence[str] | None = None) -> Spent:
+        """What it took to sample these; each prompt was read once."""
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(s.prompt for s in samples))}
+        heads = [self.encoded[i] if asked is None else self.adapter.encode(asked[i]) for i in places]
+        count = forced_count(heads, [(places[s.prompt], s.tokens) for s in samples])
+        return Spent(
+            responses=len(samples),
+            tokens=sum(len(s.tokens) for s in samples),
+            judged=len(samples) if judged else 0.0,
+            flops=float(self.adapter.arithmetic.flops(count)),
+        )
+
+    def answering(self, samples: Sequence[Sample], asked: Sequence[str] | None = None) -> Spent:
+        """What one response takes."""
+        return self.spent(samples, judged=False, asked=asked) * (1 / len(samples))
+
+    def choosing(self) -> Spent:
+        """What it took to choose the layer: all that is steered uses it."""
+        folder = self.store.folder("choice")
+        if not folder.complete:
+            return Spent()
+        names = sorted(p.stem for p in folder.path.glob("layer_*.jsonl") if ".base" not in p.name)
+        drawn = [folder.read_samples(name) for name in names]
+        drawn.append(self.store.folder("base").read_samples("validation"))
+        other = Spent(flops=sum(c.flops for phase, c in folder.costs().items() if phase == "strength"))
+        return sum((self.spent(samples) for samples in drawn), other)
+
+    def fitting(self, cost: Mapping[str, Cost]) -> Spent:
+        """What reading the stream and finding the strength took."""
+        return Spent(flops=sum(cost[phase].flops for phase in ("capture", "strength") if phase in cost))
+
+    # The methods
+
+    def loop(self, run: Run, steps: Sequence[Iteration | None]) -> Iterator[tuple[str, _Measured]]:
+        learning = self.choosing()
+        for t, step in enumerate(steps, start=1):
+            if t <= len(run.iterations):
+                learning += self.spent(run.samples(t, "train")) + self.fitting(self.store.iteration(t).costs())
+            samples, base = self.base_samples, self.base_samples
+            if step is not None:
+                folder = self.store.iteration(step.index)
+                samples = run.samples(step.index)
+                base = self.beside(folder, "heldout" if step.tries == 1 else f"heldout_{step.tries}", base)
+            norm = self.norm(step.plan) if step else 0.0
+            yield (
+                f"loop, {t} iteration{'s' if t > 1 else ''}",
+                _Measured("loop", "", samples, base, learning, self.answering(samples), norm),
+            )
+
+    def one_shot(self, steps: Sequence[Iteration | None], many: Sequence[int]) -> dict[str, _Measured]:
+        """The unsteered model's responses, as many as the loop had drawn; the first ones are the loop's own."""
+        seed = derive_seed(self.config.seed, "train", 1)
+        pool = self.ranked(
+            self.kept, "pool", "train", NOTHING, n=many[-1], seed=seed, what="one-shot: training responses"
+        )
+        found: dict[str, _Measured] = {}
+        for t, (step, count) in enumerate(zip(steps, many, strict=True), start=1):
+            if step is None or t == 1:  # with one iteration the loop is one-shot
+                continue
+            samples = [s for s in pool if s.draw < count]
+            if compares(self.ranker):
+                samples = rank_beside(self.ranker, self.prompts, samples, ())[0]
+            learning = self.choosing() + self.spent(samples)
+            usual = self.config.contrast.per_prompt
+            wanted = {f"one-shot, {count} responses a prompt": usual}
+            if t == len(steps):
+                wanted[f"one-shot, {count} responses, {t} pairs a prompt"] = t * usual
+            for name, per_prompt in wanted.items():
+                label = f"one_shot_{count}_{per_prompt}"
+
+                direction = self.direction(label, samples, per_prompt)
+                found |= self.steered(name, "one-shot", label, direction, step, learning)
+                if t == len(steps) and per_prompt == usual:
+                    found |= self.steered(name, "one-shot", label, direction, step, learning, dose="norm")
+        return found
+
+    def direction(self, label: str, samples: Sequence[Sample], per_prompt: int) -> Float[torch.Tensor, "layer d_model"]:
+        """The mean difference of the unsteered model's own best and worst responses."""
+        contrast, seed = self.config.contrast, derive_seed(self.config.seed, "train", 1)
+
+        def made() -> dict[str, torch.Tensor]:
+            chosen = select_pairs(
+                MemoryBank().add(samples, iteration=1),
+                policy=contrast.policy,
+                size=None if contrast.size is None else contrast.size * per_prompt,
+                per_prompt=per_prompt,
+                min_margin=contrast.min_margin,
+                length=contrast.length,
+                seed=derive_seed(self.config.seed, "pairs", 1),
+            )
+            settings = replace(self.config, evaluation=replace(self.config.evaluation, controls=0))
+            readings = self.readings(self.kept)
+            fitted = fit_contrast(self.model, self.prompts, chosen, NOTHING, settings, seed=seed, readings=readings)
+            return {"direction": fitted.mean_difference}
+
+        return self.kept.tensors(label, made)["direction"]
+
+    def supervised(self, pairs: Sequence[object], step: Iteration | None) -> dict[str, _Measured]:
+        """Contrastive activation addition at the loop's layers."""
+        if step is None:
+            return {}
+
+        def made() -> dict[str, torch.Tensor]:
+            self.bar.phase(f"supervised: fitting to {len(pairs)} pairs")
+            site = self.config.steering.site
+            fitted = fit(self.model, pairs, layers=self.layers, site=site, progress=False)
+            directions = torch.zeros(self.adapter.n_layers, self.adapter.d_model)
+            for layer in self.layers:
+                directions[layer] = getattr(fitted.transform(layer), "direction").detach().float().cpu()  # noqa: B009
+            return {"direction": directions}
+
+        direction = self.kept.tensors("supervised", made)["direction"]
+        name = f"supervised, {len(pairs)} pairs"
+        return self.steered(name, "supervised", "supervised", direction, step, self.choosing())
+
+    def random(self, step: Iteration | None) -> dict[str, _Measured]:
+        """A direction that nobody has fitted."""
+        if step is None:
+            return {}
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "random direction"))
+        direction = torch.randn(self.adapter.n_layers, self.adapter.d_model, generator=generator)
+        return self.steered("random direction", "random", "random", direction, step, Spent())
+
+    def shuffled(self, run: Run, loop: _Measured) -> dict[str, _Measured]:
+        """The controls of the run, all together as one method."""
+        folder, found = self.store.folder("controls"), []
+        base: list[Sample] = []
+        count = self.config.evaluation.samples
+        for k in range(len(run.controls)):
+            name = f"heldout_{k + 1}"
+            found += [replace(s, draw=k * count + s.draw) for s in folder.read_samples(name)]
+            base += [replace(s, draw=k * count + s.draw) for s in self.beside(folder, name, self.base_samples)]
+        if not found:
+            return {}
+        answering = self.answering(found)
+        measured = _Measured("shuffled", "norm", found, base, loop.learning, answering, self.norm(run.plan))
+        return {"shuffled labels": measured}
+
+    def steered(
+        self,
+        name: str,
+        family: str,
+        label: str,
+        direction: torch.Tensor,
+        step: Iteration,
+        learning: Spent,
+        *,
+        dose: str = "KL",
+    ) -> dict[str, _Measured]:
+        """A direction at the layers of one of the loop's plans, at its KL or norm."""
+        settings, kept = self.config.steering, self.kept
+        label = f"{label}_{dose.lower()}_{step.index}"
+        about = self.provenance(f"compare, {name}")
+        norm = self.norm(step.plan)
+        unit = compose([direction], [norm], self.layers, self.norms, settings, about)
+
+        def factor() -> dict[str, float]:
+            self.bar.phase(f"{name}: finding the strength")
+            with self.spending(kept, f"strength {label}") as meter:
+                divergence = self.divergence
+                found = find_strength(divergence, unit, kl=divergence.of(step.plan))
+                meter.add(divergence.count)
+            return asdict(found)
+
+        plan = unit.scaled(float(kept.json(f"{label}.strength", factor)["factor"])) if dose == "KL" else unit
+        file = kept.path / f"{label}.plan.safetensors"
+        if not file.is_file():
+            plan.save(file)
+        samples, base = self.measure(kept, label, "heldout", plan, name, self.base_samples)
+        shown = name if dose == "KL" else f"{name}, at its norm"
+        return {shown: _Measured(family, dose, samples, base, learning, self.answering(samples), self.norm(plan))}
+
+    def instructed(self, instruction: str) -> dict[str, _Measured]:
+        """The unsteered model, told what is wanted."""
+        asked = [f"{prompt}\n\n{instruction}" for prompt in self.prompts]
+        samples, base = self.measure(
+            self.kept, "instruction", "heldout", NOTHING, "instruction", self.base_samples, asked=asked
+        )
+        return {"instruction": _Measured("instruction", "", samples, base, Spent(), self.answering(samples, asked))}
+
+    def chosen(self, loop: _Measured) -> dict[str, _Measured]:
+        """Best of N, for N up to the budget of the loop, and rejection sampling."""
+        answers = self.config.evaluation.samples
+        one = self.answering(self.base_samples)
+        wanted = len(self.base_samples)
+        most = max(2, round((loop.learning.tokens + wanted * loop.answering.tokens) / (wanted * one.tokens)))
+        seed, name = derive_seed(self.config.seed, "best of"), f"best_of_{most}"
+        pool, _ = self.measure(
+            self.kept, name, "heldout", NOTHING, f"best of {most}", n=most * answers, seed=seed, measured=most * answers
+        )
+        found: dict[str, _Measured] = {}
+        numbers = sorted({n for n in (2, 4, 8, 16, 32) if n < most} | {most})
+        for n in numbers:
+            picked = best_of(pool, n, count=answers)
+            samples, base = self.again(f"best_of_{n}_of_{most}", picked)
+            spent = self.answering(pool) * n + Spent(judged=n)
+            found[f"best of {n}"] = _Measured("best of N", "", samples, base, Spent(), spent)
+        if not compares(self.ranker):
+            scores = [s.score for s in self.first if s.score is not None]
+            threshold = float(np.quantile(scores, 1 - 1 / most))
+            picked, tries = rejection(pool, most, threshold=threshold, count=answers)
+            samples, base = self.again(f"rejection_{most}", picked)
+            spent = self.answering(pool) * tries + Spent(judged=tries)
+            learning = self.spent(self.first)  # where the threshold is from
+            found[f"rejection, at most {most}"] = _Measured("rejection", "", samples, base, learning, spent)
+        return found
+
+    def again(self, name: str, picked: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+        """Chosen responses, ranked beside the base model's where scores hold only among those ranked together."""
+        base = list(self.base_samples)
+        for ranker, key in ((self.ranker, "score"), (self.evaluator, "independent")):
+            if ranker is None or not compares(ranker):
+                continue
+
+            def asked(ranker: Any = ranker, picked: list[Sample] = picked) -> list[list[float]]:
+                ours, theirs = rank_beside(ranker, self.prompts, picked, self.base_samples)
+                return [[float(s.score or 0.0) for s in side] for side in (ours, theirs or [])]
+
+            ours, theirs = self.kept.json(f"{name}.{key}", asked)
+            picked = [replace(s, **{key: v}) for s, v in zip(picked, ours, strict=True)]
+            base = [replace(s, **{key: v}) for s, v in zip(base, theirs, strict=True)]
+        return picked, base
+
+    def norm(self, plan: SteeringPlan) -> float:
+        """Of what a plan adds, in units of the median norm, averaged over layers."""
+        shares = [float(v.norm() / self.norms[layer]) for (layer, _), v in plan.vectors().items()]
+        return float(np.mean(shares)) if shares else 0.0
+
+
+def _after(run: Run, t: int) -> Iteration | None:
+    """The iteration that the run's plan would be taken from, had it ended after t."""
+    done = run.iterations[:t]
+    acts = run.config.guard.mode == "act"
+    best = best_iteration(
+        [i.decision if acts else None for i in done], [i.evaluation.difference.estimate for i in done]
+    )
+    return None if best is None else done[best]
