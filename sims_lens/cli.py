@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from sims_lens.config import SamplingConfig, SIMSConfig
+from sims_lens.config import GuardConfig, SamplingConfig, SIMSConfig
 from sims_lens.errors import ExportError, FitError, PlanError, SimsError
 
 if TYPE_CHECKING:
@@ -86,6 +86,67 @@ class Improve:
         prompts = read_prompts(self.prompts)
         judges = _Judges(self.ranker, self.criterion, self.evaluator)
         return _improve(self.model, self.revision, self.kind, prompts, judges, self.config, self.out)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Run the loop beside what it has to beat: best of N, one-shot, an instruction, supervised pairs, at equal dose."""
+
+    prompts: Path
+    """Unlabelled prompts: .jsonl, .json, .txt (one per line) or .csv."""
+    instruction: str = ""
+    """What is wanted, in words: the model is told so in its prompt. Left out by default."""
+    pairs: Path | None = None
+    """Contrast pairs for supervised steering, .jsonl or .csv. Left out by default."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the runs, each the whole procedure on the same held-out prompts."""
+    model: str = "embedded"
+    """Hub id, local folder, or "embedded"."""
+    revision: str | None = None
+    """Hub revision to pin."""
+    kind: str | None = None
+    """hooked or bridge; by default HookedTransformer where the installed TransformerLens has it."""
+    ranker: str = "reading-ease"
+    """reading-ease, vader, self (the model judges itself), or package.module:function for one of your own."""
+    criterion: str = "more helpful"
+    """What the model judges by, with --ranker self."""
+    evaluator: str | None = None
+    """A second ranker that nothing learns from or chooses by."""
+    out: Path = Path("runs/compare")
+    """A folder; what is there is not computed again."""
+    config: Annotated[SIMSConfig, arg(name="")] = field(default_factory=lambda: SIMSConfig(guard=GuardConfig(mode="report")))
+    html: Path | None = None
+    """Write the figure as a page here."""
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Compare, and show the table."""
+        from sims_lens.comparison import compare
+        from sims_lens.models import load
+        from sims_lens.prompts import read_prompts
+        from sims_lens.supervised import read_pairs
+
+        _check_page(self.html)
+        prompts = read_prompts(self.prompts)
+        pairs = () if self.pairs is None else read_pairs(self.pairs)
+        ranker, evaluator = _Judges(self.ranker, self.criterion, self.evaluator).load()
+        print(f"loading {self.model} ...", file=sys.stderr, flush=True)
+        found = compare(
+            load(self.model, revision=self.revision, kind=self.kind),
+            prompts,
+            ranker=ranker,
+            evaluator=evaluator,
+            instruction=self.instruction,
+            pairs=pairs,
+            seeds=self.seeds,
+            config=self.config,
+            out=self.out,
+        )
+        print(found)
+        if self.html is not None:
+            _page(self.html, found)
+        return found.to_json()
 
 
 @dataclass(frozen=True)
@@ -268,7 +329,6 @@ class Sweep:
     def run(self) -> dict[str, Any]:
         """Sweep, and show the table."""
         from sims_lens.analysis import layer_sweep
-        from sims_lens.plots import figures
         from sims_lens.prompts import read_prompts
         from sims_lens.rankers import get_ranker
         from sims_lens.run import open_run
@@ -278,8 +338,7 @@ class Sweep:
             raise PlanError("give --pairs or --ranker, not both")
         if self.run_dir.is_file() and self.pairs is None and self.ranker is None:
             raise PlanError("give --pairs or --ranker: a plan file holds no texts to measure on")
-        if self.html is not None and not self.html.parent.is_dir():
-            raise PlanError(f"folder {self.html.parent} of --html {self.html} does not exist; create it first")
+        _check_page(self.html)
         ranker = None if self.ranker is None else get_ranker(self.ranker)
         pairs = None if self.pairs is None else read_pairs(self.pairs)
         prompts = None if self.prompts is None else read_prompts(self.prompts)
@@ -297,9 +356,7 @@ class Sweep:
         )
         print(found)
         if self.html is not None:
-            drawn = [f.to_html(full_html=False, include_plotlyjs=k == 0) for k, f in enumerate(figures(found))]
-            self.html.write_text(f'<!DOCTYPE html><meta charset="utf-8">{"".join(drawn)}', encoding="utf-8")
-            print(f"figures: {self.html}")
+            _page(self.html, found)
         return found.to_json()
 
 
@@ -332,6 +389,7 @@ class Report:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "improve": Improve,
+    "compare": Compare,
     "fit": Fit,
     "generate": Generate,
     "sweep": Sweep,
@@ -364,6 +422,20 @@ def _planned(path: Path, name: str | None, kind: str | None) -> tuple["SteeringP
     plan = SteeringPlan.load(path) if path.is_file() else open_run(path).plan
     name = name or plan.provenance.model
     return plan, load("embedded" if name in (EMBEDDED, "") else name, kind=kind)
+
+
+def _check_page(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise PlanError(f"folder {path.parent} of --html {path} does not exist; create it first")
+
+
+def _page(path: Path, result: object) -> None:
+    """The figures of a result as one page."""
+    from sims_lens.plots import figures
+
+    drawn = [f.to_html(full_html=False, include_plotlyjs=k == 0) for k, f in enumerate(figures(result))]
+    path.write_text(f'<!DOCTYPE html><meta charset="utf-8">{"".join(drawn)}', encoding="utf-8")
+    print(f"figures: {path}")
 
 
 @dataclass(frozen=True)

@@ -217,3 +217,18 @@ def test_report_under_the_microscope(run: Path, tmp_path: Path, model: str) -> N
     assert main(["report", str(run), "--microscope", "--model", model, "--out", str(page)]) == 0
     text = page.read_text()
     assert "Under the microscope" in text and "analysis-4-1" in text and "What an effect costs" in text
+
+
+def test_compare_prints_a_table_and_draws_it(
+    prompts: str, model: str, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, result = tmp_path / "compare.html", tmp_path / "compare.json"
+    given = ["compare", "--prompts", prompts, "--model", model, "--out", str(tmp_path / "compared"), *SMALL]
+    given += ["--pairs", str(fitted.with_name("pairs.jsonl")), "--instruction", "Be brief.", "--seeds", "0"]
+    assert main([*given, "--html", str(page), "--json", str(result)]) == 0
+    printed = capsys.readouterr().out
+    assert "supervised, 5 pairs" in printed and "best of 2" in printed and "instruction" in printed
+    assert "plotly" in page.read_text() and json.loads(result.read_text())["seeds"] == [0]
+    assert main([*given, "--html", str(tmp_path / "no" / "page.html")]) == 2
+    assert main([*given, "--seeds", "1", "1"]) == 2
+    assert "seeds must be distinct" in capsys.readouterr().err

@@ -41,7 +41,7 @@ class Spent:
     def __add__(self, other: "Spent") -> "Spent":
         return Spent(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 
-    def __mul__(self, factor: float) -> "Spent":
+    def __mul__(self, factor: int | float) -> "Spent":
         return Spent(*(factor * value for value in _values(self)))
 
 
@@ -287,15 +287,18 @@ class Comparison:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<p>{html.escape(self.verdict())}</p><table><tr>{cells}</tr>{body}</table>"
 
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON; :func:`open_comparison` reads it."""
-        data = {
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as plain JSON."""
+        return {
             "format": FORMAT,
             "version": 1,
             **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("methods", "path")},
             "methods": [_method_json(method) for method in self.methods],
         }
-        write_json(Path(path), data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON; :func:`open_comparison` reads it."""
+        write_json(Path(path), self.to_json())
         return Path(path)
 
 

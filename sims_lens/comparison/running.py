@@ -26,13 +26,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from sims_lens.bank import MemoryBank, select_pairs
+from sims_lens.comparison.choosing import best_of, rejection
+from sims_lens.comparison.result import Comparison, Method, Spent
 from sims_lens.config import GuardConfig, SIMSConfig
 from sims_lens.cost import Cost, forced_count
 from sims_lens.data import Sample, by_prompt
@@ -44,20 +46,14 @@ from sims_lens.loop import improve
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import quote
-from sims_lens.rankers import bound_ranker
+from sims_lens.rankers import bound_ranker, rank
 from sims_lens.run import Iteration, Run
 from sims_lens.sampling import Sampler
 from sims_lens.stats import win_probability
+from sims_lens.store import Folder
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.supervised import fit
 from sims_lens.workbench import Workbench, compares, derive_seed, rank_beside
-
-if TYPE_CHECKING:
-    pass
-
-from sims_lens.comparison.choosing import best_of, rejection
-from sims_lens.comparison.result import Comparison, Method, Spent
-from sims_lens.store import Folder
 
 
 def compare(
@@ -254,6 +250,7 @@ class _Bench(Workbench):
             loop = list(found.values())[len(steps) - 1]
             found |= self.shuffled(run, loop)
             found |= self.chosen(loop)
+        self.kept.finish()
         return found
 
     # What things take
@@ -264,9 +261,9 @@ class _Bench(Workbench):
         heads = [self.encoded[i] if asked is None else self.adapter.encode(asked[i]) for i in places]
         count = forced_count(heads, [(places[s.prompt], s.tokens) for s in samples])
         return Spent(
-            responses=len(samples),
-            tokens=sum(len(s.tokens) for s in samples),
-            judged=len(samples) if judged else 0.0,
+            responses=float(len(samples)),
+            tokens=float(sum(len(s.tokens) for s in samples)),
+            judged=float(len(samples) if judged else 0),
             flops=float(self.adapter.arithmetic.flops(count)),
         )
 
@@ -319,7 +316,7 @@ class _Bench(Workbench):
                 continue
             samples = [s for s in pool if s.draw < count]
             if compares(self.ranker):
-                samples = rank_beside(self.ranker, self.prompts, samples, ())[0]
+                samples = rank(self.ranker, self.prompts, samples)
             learning = self.choosing() + self.spent(samples)
             usual = self.config.contrast.per_prompt
             wanted = {f"one-shot, {count} responses a prompt": usual}
@@ -453,7 +450,7 @@ class _Bench(Workbench):
         for n in numbers:
             picked = best_of(pool, n, count=answers)
             samples, base = self.again(f"best_of_{n}_of_{most}", picked)
-            spent = self.answering(pool) * n + Spent(judged=n)
+            spent = self.answering(pool) * n + Spent(judged=float(n))
             found[f"best of {n}"] = _Measured("best of N", "", samples, base, Spent(), spent)
         if not compares(self.ranker):
             scores = [s.score for s in self.first if s.score is not None]
