@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sims_lens.stats import DRAWS, bootstrap_mean, length_controlled_win_rate, null_band
+from sims_lens.stats import DRAWS, bootstrap_mean, crossed_mean, length_controlled_win_rate, null_band
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 SHAPES: dict[str, tuple[Draw, float]] = {
@@ -21,6 +21,17 @@ SHAPES: dict[str, tuple[Draw, float]] = {
     "exponential (KL, lengths)": (lambda rng, n: rng.exponential(size=n), 1.0),
     "log-normal, sigma 1 (heavy tail)": (lambda rng, n: rng.lognormal(0.0, 1.0, size=n), float(np.exp(0.5))),
 }
+
+CROSSED = [
+    (3, 100, 0.0, 0.5),
+    (3, 100, 0.05, 0.5),
+    (3, 100, 0.2, 0.5),
+    (3, 100, 0.2, 0.1),
+    (3, 100, 1.0, 0.5),
+    (3, 20, 0.1, 0.5),
+    (5, 100, 0.1, 0.5),
+]
+"""Seeds, prompts, and standard deviations beside 1 of a single value."""
 
 
 def main() -> None:
@@ -52,6 +63,15 @@ def main() -> None:
         found = length_controlled_win_rate(wins, lengths, np.arange(50).repeat(4).tolist(), seed=seed)
         covered += found.low <= truth <= found.high
     print(f"\nlength-controlled win rate, 50 prompts x 4: {100 * covered / sets:.1f}% of {sets} data sets covered")
+
+    print("\n| seeds | prompts | sd of seeds | sd of prompts | covered |\n|---|---|---|---|---|")
+    for seeds, prompts, by_seed, by_prompt in CROSSED:
+        covered = 0
+        for _ in range(given.sets):
+            values = rng.normal(0, by_seed, (seeds, 1)) + rng.normal(0, by_prompt, (1, prompts))
+            found = crossed_mean(values + rng.normal(size=(seeds, prompts))).interval
+            covered += found.low <= 0 <= found.high
+        print(f"| {seeds} | {prompts} | {by_seed} | {by_prompt} | {100 * covered / given.sets:.1f}% |", flush=True)
 
     print(
         "\n| controls | beyond the band, either side | above the band | above the largest control |\n|---|---|---|---|"

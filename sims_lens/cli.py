@@ -114,7 +114,9 @@ class Compare:
     """A second ranker that nothing learns from or chooses by."""
     out: Path = Path("runs/compare")
     """A folder; what is there is not computed again."""
-    config: Annotated[SIMSConfig, arg(name="")] = field(default_factory=lambda: SIMSConfig(guard=GuardConfig(mode="report")))
+    config: Annotated[SIMSConfig, arg(name="")] = field(
+        default_factory=lambda: SIMSConfig(guard=GuardConfig(mode="report"))
+    )
     html: Path | None = None
     """Write the figure as a page here."""
     json: Path | None = None

@@ -6,6 +6,7 @@ import pytest
 from sims_lens.stats import (
     Interval,
     bootstrap_mean,
+    crossed_mean,
     distinct_ratio,
     interval_from,
     length_controlled_win_rate,
@@ -131,3 +132,31 @@ def test_length_control_is_scikit_learns_regression() -> None:
     fitted = LogisticRegression(C=2.0, fit_intercept=False, tol=1e-10).fit(x, wins)
     expected = fitted.predict_proba([[1.0, 0.0]])[0, 1]
     assert length_controlled_win_rate(wins, lengths, list(range(200))).estimate == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_mean_over_prompts_and_seeds_knows_both() -> None:
+    rng = np.random.default_rng(0)
+    prompts, rest = rng.normal(size=(1, 60)), 0.1 * rng.normal(size=(3, 60))
+    near = crossed_mean(prompts + rest)
+    far = crossed_mean(prompts + rest + np.array([[-1.0], [0.0], [1.0]]))
+    assert near.interval.estimate == pytest.approx(far.interval.estimate) == pytest.approx(near.prompts.estimate)
+    assert near.seed_sd is not None and near.seed_sd < 0.1 and far.seed_sd == pytest.approx(1.0, abs=0.05)
+    width = [c.interval.high - c.interval.low for c in (near, far)]
+    assert width[0] == pytest.approx(near.prompts.high - near.prompts.low, rel=0.15)
+    assert width[1] == pytest.approx(2 * 4.303 / np.sqrt(3), rel=0.05)  # Student's t of two degrees of freedom
+
+    one = crossed_mean(prompts)
+    assert one.seed_sd is None and one.interval == one.prompts == bootstrap_mean(prompts[0])
+    same = crossed_mean(np.ones((3, 5)))
+    assert same.interval == Interval(1.0, 1.0, 1.0) and same.seed_sd == 0.0
+    rate = crossed_mean(np.array([[1.0, 1.0], [0.0, 0.0]]), low=0.0, high=1.0)
+    assert rate.interval == Interval(0.5, 0.0, 1.0)
+
+
+def test_the_interval_over_prompts_and_seeds_covers_what_it_says() -> None:
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(1000):
+        values = 0.1 * rng.normal(size=(3, 1)) + 0.5 * rng.normal(size=(1, 50)) + rng.normal(size=(3, 50))
+        interval = crossed_mean(values).interval
+        covered += interval.low <= 0 <= interval.high
+    assert 0.93 <= covered / 1000 <= 0.975
