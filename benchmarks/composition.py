@@ -1,0 +1,134 @@
+"""Could the loop make more of the responses that it has drawn? Other directions and other sums, at equal KL divergence.
+
+For each run that `benchmarks/evidence.py` has left (--out), with all responses as they are: the directions of its
+iterations are fitted and composed in other ways, scaled to the KL divergence of the loop's own last plan, and measured
+on the same held-out prompts with the same random numbers. `python benchmarks/composition.py --oracle reading-ease`,
+after evidence.py: about five CPU minutes a seed. `--table` prints the table of docs/data/composition_ORACLE.json again.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import sims_lens as sims
+from sims_lens.activations import capture
+from sims_lens.data import by_prompt
+from sims_lens.estimators import unit
+from sims_lens.evaluate import score_changes
+from sims_lens.iteration import compose
+from sims_lens.stats import crossed_mean, win_probability
+from sims_lens.strength import Divergence, find_strength
+from sims_lens.workbench import Workbench
+
+sys.path.insert(0, str(Path(__file__).parent))
+from evidence import ORACLES
+
+
+def weighted(model, run, t):
+    """The covariance of score and activation within prompts: every response counts, by how far its score is from the
+    mean of its prompt's, in the standard deviation of all."""
+    samples = [s for s in run.samples(t, "train") if s.tokens]
+    adapter = sims.adapter.adapt(model)
+    encoded = {s.prompt: adapter.encode(run.prompts[s.prompt]) for s in samples}
+    with sims.steering(model, run.before(t)):
+        means = capture(model, [(encoded[s.prompt], s.tokens) for s in samples], site="resid_post").means
+    place = {(s.prompt, s.draw): k for k, s in enumerate(samples)}
+    total = torch.zeros_like(means[0])
+    for group in by_prompt(samples):
+        scores = np.array([s.score for s in group])
+        for s, weight in zip(group, scores - scores.mean(), strict=True):
+            total += float(weight) * means[place[s.prompt, s.draw]]
+    return total
+
+
+def variants(model, run):
+    """Directions at every layer, by what is summed."""
+    learnt = [i.vectors for i in run.iterations]
+    halves = [i.tensors["split_half"].clamp(min=0)[:, None] for i in run.iterations]
+    every = [weighted(model, run, i.index) for i in run.iterations]
+    last = unit(learnt[-1])
+    before = unit(sum(unit(d) for d in learnt[:-1]))
+    return {
+        "iteration 1 only": learnt[0],
+        "the last iteration only": learnt[-1],
+        "sum, natural lengths": sum(learnt),
+        "sum of unit vectors by split-half reliability": sum(unit(d) * h for d, h in zip(learnt, halves, strict=True)),
+        "the last, orthogonal to those before, added to them": before
+        + unit(last - (last * before).sum(-1, keepdim=True) * before),
+        "every response by its score, iteration 1 only": every[0],
+        "every response by its score, sum of unit vectors": sum(unit(d) for d in every),
+        "every response by its score, natural lengths": sum(every),
+    }
+
+
+def one_seed(model, folder, oracle, rows):
+    ranker, evaluator, _, _ = ORACLES[oracle]
+    run = sims.open_run(folder)
+    bench = Workbench.begin(model, run.prompts, ranker=ranker(), evaluator=evaluator(), config=run.config, out=folder)
+    kept, base = bench.store.folder("variants"), run.samples(0)
+    divergence = Divergence(model, run.prompts, run.samples(1, "train"))
+    layers, norms = list(run.plan.layers), run.iterations[0].tensors["median_norm"]
+    wanted = divergence.of(run.plan)
+    drawn = {"the loop": run.samples(len(run.iterations))}
+    for name, direction in variants(model, run).items():
+        plan = compose([direction], [0.2], layers, norms, run.config.steering, run.plan.provenance)
+        plan = plan.scaled(find_strength(divergence, plan, kl=wanted).factor)
+        drawn[name], _ = bench.measure(kept, name.replace(" ", "_").replace(",", ""), "heldout", plan, name, base)
+    for name, samples in drawn.items():
+        groups, others = by_prompt(samples), by_prompt(drawn["the loop"])
+        rows.append(
+            {
+                "seed": run.config.seed,
+                "variant": name,
+                "changes": score_changes(samples, base).tolist(),
+                "less": score_changes(samples, drawn["the loop"]).tolist(),
+                "head_to_head": [
+                    win_probability(*(np.array([s.score for s in g]) for g in pair))
+                    for pair in zip(groups, others, strict=True)
+                ],
+                "kl": float(np.mean([s.kl for s in samples if s.kl is not None])),
+                "nll": float(np.mean([s.nll for s in samples if s.nll is not None])),
+            }
+        )
+
+
+def table(rows) -> str:
+    """One row per variant, paired with the loop's own plan by prompt and seed."""
+    lines = ["| directions | effect [95%] | less the loop's [95%] | head to head [95%] | per seed | KL | NLL |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in dict.fromkeys(r["variant"] for r in rows):
+        own = [r for r in rows if r["variant"] == name]
+        effect, less = (crossed_mean(np.array([r[k] for r in own])).interval for k in ("changes", "less"))
+        wins = crossed_mean(np.array([r["head_to_head"] for r in own]), low=0.0, high=1.0)
+        seeds = ", ".join(f"{np.mean(r['less']):+.3g}" for r in own)
+        lines.append(
+            f"| {name} | {effect.estimate:+.3g} [{effect.low:+.3g}, {effect.high:+.3g}] "
+            f"| {less.estimate:+.3g} [{less.low:+.3g}, {less.high:+.3g}] | {wins} | {seeds} "
+            f"| {np.mean([r['kl'] for r in own]):.2f} | {np.mean([r['nll'] for r in own]):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--oracle", choices=sorted(ORACLES), required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--data", type=Path, default=Path(__file__).parent.parent / "docs" / "data")
+    parser.add_argument("--table", action="store_true", help="only print the table of an earlier run")
+    given = parser.parse_args()
+    file = given.data / f"composition_{given.oracle}.json"
+    if not given.table:
+        model, rows = sims.load("embedded"), []
+        for seed in range(given.seeds):
+            one_seed(model, given.out / given.oracle / f"seed_{seed}", given.oracle, rows)
+        file.write_text(json.dumps(rows))
+    print(table(json.loads(file.read_text())))
+
+
+if __name__ == "__main__":
+    main()
