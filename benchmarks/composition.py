@@ -3,12 +3,13 @@
 For each run that `benchmarks/evidence.py` has left (--out), with all responses as they are: the directions of its
 iterations are fitted and composed in other ways, scaled to the KL divergence of the loop's own last plan, and measured
 on the same held-out prompts with the same random numbers. `python benchmarks/composition.py --oracle reading-ease`,
-after evidence.py: about five CPU minutes a seed. `--table` prints the table of docs/data/composition_ORACLE.json again.
+after evidence.py: about eight CPU minutes a seed. `--table` prints the table of docs/data/composition_ORACLE.json again.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ import torch
 
 import sims_lens as sims
 from sims_lens.activations import capture
+from sims_lens.bank import MemoryBank, select_pairs
 from sims_lens.data import by_prompt
 from sims_lens.estimators import unit
 from sims_lens.evaluate import score_changes
-from sims_lens.iteration import compose
+from sims_lens.iteration import compose, fit_contrast
 from sims_lens.stats import crossed_mean, win_probability
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.workbench import Workbench
@@ -45,14 +47,31 @@ def weighted(model, run, t):
     return total
 
 
+def contrasted(model, run, iterations, per_prompt):
+    """The mean difference of the best and the worst of some iterations' responses, read under the last one's plan."""
+    bank = MemoryBank()
+    for t in iterations:
+        bank = bank.add(run.samples(t, "train"), iteration=t)
+    config = replace(run.config, evaluation=replace(run.config.evaluation, controls=0))
+    pairs = select_pairs(bank, per_prompt=per_prompt)
+    return fit_contrast(model, run.prompts, pairs, run.before(max(iterations)), config, seed=0).mean_difference
+
+
 def variants(model, run):
     """Directions at every layer, by what is summed."""
+    turns = [i.index for i in run.iterations]
     learnt = [i.vectors for i in run.iterations]
     halves = [i.tensors["split_half"].clamp(min=0)[:, None] for i in run.iterations]
     every = [weighted(model, run, i.index) for i in run.iterations]
     last = unit(learnt[-1])
     before = unit(sum(unit(d) for d in learnt[:-1]))
+    two = [contrasted(model, run, [t], 2) for t in turns]
     return {
+        "two pairs a prompt, sum of unit vectors": sum(unit(d) for d in two),
+        "two pairs a prompt, natural lengths": sum(two),
+        "one pair a prompt of all iterations' responses": contrasted(model, run, turns, 1),
+        "three pairs a prompt of all iterations' responses": contrasted(model, run, turns, 3),
+        "six pairs a prompt of all iterations' responses": contrasted(model, run, turns, 6),
         "iteration 1 only": learnt[0],
         "the last iteration only": learnt[-1],
         "sum, natural lengths": sum(learnt),
@@ -94,6 +113,7 @@ def one_seed(model, folder, oracle, rows):
                 "nll": float(np.mean([s.nll for s in samples if s.nll is not None])),
             }
         )
+        print(oracle, run.config.seed, name, f"{np.mean(rows[-1]['less']):+.3g}", file=sys.stderr, flush=True)
 
 
 def table(rows) -> str:
