@@ -3,7 +3,7 @@
 For each run that `benchmarks/evidence.py` has left (--out), with all responses as they are: the directions of its
 iterations are fitted and composed in other ways, scaled to the KL divergence of the loop's own last plan, and measured
 on the same held-out prompts with the same random numbers. `python benchmarks/composition.py --oracle reading-ease`,
-after evidence.py: about eight CPU minutes a seed. `--table` prints the table of docs/data/composition_ORACLE.json again.
+after evidence.py: about eight CPU minutes a seed. `--table` prints docs/data/composition_ORACLE.json as a table again.
 """
 
 import argparse
