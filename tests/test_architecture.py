@@ -23,7 +23,7 @@ LEVELS = {
     4: ["activations"],
     5: ["hooks", "supervised", "forced"],
     6: ["sampling", "evaluate", "export"],
-    7: ["rankers", "strength"],
+    7: ["rankers", "strength", "harness"],
     8: ["auditing", "behaviour"],
     9: ["iteration", "run", "calibration"],
     10: ["loop", "analysis"],
