@@ -56,6 +56,8 @@ if TYPE_CHECKING:
         fit_quality,
     )
     from sims_lens.evaluate import Evaluation
+    from sims_lens.export import responses_of
+    from sims_lens.harness import Capability, capability, lm_eval_model
     from sims_lens.hooks import Steering, attach, resolve, steering
     from sims_lens.hub import from_hub, model_card, push_to_hub
     from sims_lens.loop import improve
@@ -117,6 +119,10 @@ _HOME = {
     "fit_quality": "estimators",
     "Evaluation": "evaluate",
     "export": "export",
+    "responses_of": "export",
+    "Capability": "harness",
+    "capability": "harness",
+    "lm_eval_model": "harness",
     "Steering": "hooks",
     "attach": "hooks",
     "resolve": "hooks",
@@ -167,6 +173,7 @@ __all__ = [
     "Amplification",
     "CachedRanker",
     "Calibration",
+    "Capability",
     "Clamp",
     "ContrastConfig",
     "EndpointJudge",
@@ -210,6 +217,7 @@ __all__ = [
     "audit",
     "bootstrap_mean",
     "calibrate",
+    "capability",
     "capture",
     "capture_moments",
     "capture_tokens",
@@ -226,6 +234,7 @@ __all__ = [
     "interaction",
     "layer_sweep",
     "leave_one_out",
+    "lm_eval_model",
     "load",
     "logit_attribution",
     "model_axes",
@@ -238,6 +247,7 @@ __all__ = [
     "readout",
     "residual_norms",
     "resolve",
+    "responses_of",
     "restride",
     "steering",
     "token_scores",
