@@ -42,22 +42,36 @@ def test_alpaca_eval_as_its_reader_reads_it(responses: sims.export.Responses, tm
 
 def test_alpaca_eval_as_its_package_judges_it(responses: sims.export.Responses, tmp_path: Path) -> None:
     alpaca_eval = pytest.importorskip("alpaca_eval", reason="alpaca_eval isn't installed; see docs/capability.md")
-    path = sims.export.to_alpaca_eval(responses, tmp_path / "steered.json")
-    other = sims.export.Responses(PROMPTS, ("Hi",) * len(PROMPTS))
+    annotators = pytest.importorskip("alpaca_eval.annotators")
+
+    class Longest(annotators.PairwiseAnnotator):  # type: ignore[misc, name-defined]
+        """Its own reader and join; a judge that asks nobody."""
+
+        def __init__(self, **_: Any) -> None:
+            self.input_keys = ["instruction"]
+
+        def __call__(self, pairs: pd.DataFrame, **_: Any) -> list[dict[str, Any]]:
+            longer = pairs["output_2"].str.len() > pairs["output_1"].str.len()
+            return pairs.assign(preference=1 + longer.astype(float)).to_dict("records")
+
+    path = sims.export.to_alpaca_eval(responses, tmp_path / "steered.json", dataset="own")
+    other = sims.export.Responses(PROMPTS[::-1], ("Hi",) * len(PROMPTS))
     reference = sims.export.to_alpaca_eval(other, tmp_path / "reference.json")
     board, annotations = alpaca_eval.evaluate(
         model_outputs=path,
         reference_outputs=reference,
-        annotators_config="longest",  # the one judge that asks nobody
+        annotators_config="longest",
+        Annotator=Longest,
         precomputed_leaderboard=None,
         output_path=None,
         is_return_instead_of_print=True,
         fn_metric="get_winrate",
         sort_by="win_rate",
     )
-    assert list(board.index) == ["steered"]
-    won = {row["instruction"]: row["preference"] for row in annotations}
-    assert {p: won[p] == 2 for p in PROMPTS} == {p: len(t) > 2 for p, t in zip(PROMPTS, TEXTS, strict=True)}
+    assert list(board.index) == ["steered"] and board.loc["steered", "win_rate"] == 50.0
+    assert board.loc["steered", "n_total"] == len(PROMPTS)
+    won = {row["instruction"]: row["preference"] == 2 for row in annotations}
+    assert won == {p: len(t) > 2 for p, t in zip(PROMPTS, TEXTS, strict=True)}
 
 
 def test_arena_hard_as_its_readers_read_it(responses: sims.export.Responses, tmp_path: Path) -> None:

@@ -203,11 +203,11 @@ def capability(
     check_unsteered(model)
     check_installed()
     plan = resolve(model, plan)
-    loaded = _load(names, include_path)
+    manager, loaded = _load(names, include_path)
     found: list[dict[str, list[dict[str, Any]]]] = []
     for each in (NOTHING, plan):
         lm = lm_eval_model(model, each, add_bos=add_bos, batch_rows=batch_rows, seed=seed)
-        found.append(_evaluate(lm, loaded, limit=limit, shots=shots, chat=chat, seed=seed))
+        found.append(_evaluate(lm, manager, loaded, limit=limit, shots=shots, chat=chat, seed=seed))
     scores: list[CapabilityScore] = []
     for name, task in loaded.items():
         scores += _compare(name, task, found[0][name], found[1][name], seed=seed)
@@ -216,17 +216,19 @@ def capability(
     return Capability(tuple(scores), plan, chat, shots)
 
 
-def _load(names: Sequence[Any], include_path: str | Path | None) -> dict[str, Any]:
-    """Task objects by name, loaded once: both models then get the very same documents."""
+def _load(names: Sequence[Any], include_path: str | Path | None) -> tuple[Any, dict[str, Any]]:
+    """lm-eval's task manager, and task objects by name, loaded once: both models get the very same documents."""
     from lm_eval.tasks import TaskManager
 
     folders = [str(TASKS), *([] if include_path is None else [str(include_path)])]
-    # To look through lm-eval's 15,000 task files takes seconds, which the packaged ones don't need.
-    manager: Any = TaskManager(include_path=folders, include_defaults=not set(map(str, names)) <= set(PACKAGED))
-    known = set(manager.all_tasks)
-    unknown = [name for name in names if isinstance(name, str) and not manager.match_tasks([name])]
+    manager: Any = TaskManager(include_path=folders, include_defaults=False)
+    unknown = _unknown(manager, names)
+    if unknown:  # only then, because to look through lm-eval's 13,000 task files takes many seconds
+        manager = TaskManager(include_path=folders)
+        unknown = _unknown(manager, names)
     if unknown:
-        near = sorted(task for task in known if any(name.lower() in task.lower() for name in unknown))[:5]
+        every = sorted(manager.all_tasks)
+        near = [task for task in every if any(name.lower() in task.lower() for name in unknown)][:5]
         raise CapabilityError(
             f"lm-eval has no task {', '.join(map(repr, unknown))}"
             + (f"; there are {', '.join(near)}" if near else "")
@@ -243,11 +245,15 @@ def _load(names: Sequence[Any], include_path: str | Path | None) -> dict[str, An
             f"{', '.join(map(str, names))}: lm-eval can't load the task or its data ({type(error).__name__}: {first}); "
             f"go online, or use a task with local data such as {PACKAGED[0]!r}"
         ) from error
-    return dict(loaded["tasks"])
+    return manager, dict(loaded["tasks"])
+
+
+def _unknown(manager: Any, names: Sequence[Any]) -> list[str]:
+    return [name for name in names if isinstance(name, str) and not manager.match_tasks([name])]
 
 
 def _evaluate(
-    lm: Any, loaded: Mapping[str, Any], *, limit: int | None, shots: int | None, chat: bool, seed: int
+    lm: Any, manager: Any, loaded: Mapping[str, Any], *, limit: int | None, shots: int | None, chat: bool, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """What lm-eval logs of each document, by task."""
     import lm_eval
@@ -258,6 +264,7 @@ def _evaluate(
             result = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=list(loaded.values()),
+                task_manager=manager,
                 num_fewshot=shots,
                 limit=limit,
                 bootstrap_iters=0,

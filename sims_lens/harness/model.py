@@ -141,11 +141,10 @@ def lm_eval_model(
                         f"the task asks for generation_kwargs {', '.join(unknown)}, which a steered model doesn't "
                         f"act on; it knows {', '.join(_KNOWN)}: leave them out of the task"
                     )
-                eos = str(texts.tokenizer.decode([texts.end]))
                 done = texts.complete(
                     [requests[i].args[0] for i in indices],
                     max_new_tokens=int(asked["max_gen_toks"]),
-                    stop=[*asked.get("until", []), eos],
+                    stop=asked.get("until", []),
                     temperature=float(asked.get("temperature", 1.0)) if asked.get("do_sample") else 0.0,
                     top_k=asked.get("top_k") or None,
                     top_p=float(asked.get("top_p") or 1.0),
