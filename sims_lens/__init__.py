@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from sims_lens.models import load
     from sims_lens.plan import SteeringPlan
     from sims_lens.prompts import everyday, read_prompts, tone_pairs
+    from sims_lens.prompts.sets import load_pairs, load_prompts
     from sims_lens.rankers import CachedRanker, EndpointJudge, Ensemble, PairRM, ReadingEase, RewardModel, Vader
     from sims_lens.rankers.self_judge import SelfJudge
     from sims_lens.report import write_report
@@ -137,6 +138,8 @@ _HOME = {
     "everyday": "prompts",
     "read_prompts": "prompts",
     "tone_pairs": "prompts",
+    "load_pairs": "prompts.sets",
+    "load_prompts": "prompts.sets",
     "CachedRanker": "rankers",
     "EndpointJudge": "rankers",
     "Ensemble": "rankers",
@@ -236,6 +239,8 @@ __all__ = [
     "leave_one_out",
     "lm_eval_model",
     "load",
+    "load_pairs",
+    "load_prompts",
     "logit_attribution",
     "model_axes",
     "model_card",

@@ -154,8 +154,8 @@ class Export:
     run_dir: Annotated[Path, arg(name="run")]
     """A run directory, or a plan file (.safetensors)."""
     to: str
-    """baked (a checkpoint folder for any engine), gguf (llama.cpp), lm-eval, steerkit or vllm; or, of a run's responses,
-    alpaca-eval (FILE.json) or arena-hard (MODEL.jsonl)."""
+    """baked (a checkpoint folder for any engine), gguf (llama.cpp), lm-eval, steerkit or vllm; or, of a run's
+    responses, alpaca-eval (FILE.json) or arena-hard (MODEL.jsonl)."""
     out: Path
     """The file or folder to write."""
     all_tokens: bool = False

@@ -159,7 +159,10 @@ def test_any_other_figure_is_made_anew_for_each_bootstrap_sample() -> None:
     weights = rng.uniform(1, 9, 60)
     values = rng.normal(2.0, 0.5, 60)
     base = [(float(v * w), float(w)) for v, w in zip(values, weights, strict=True)]
-    steered = [(float((v + 0.3 + 0.05 * e) * w), float(w)) for v, w, e in zip(values, weights, rng.normal(size=60))]
+    steered = [
+        (float((v + 0.3 + 0.05 * e) * w), float(w))
+        for v, w, e in zip(values, weights, rng.normal(size=60), strict=True)
+    ]
     found = score("t", "ppl", "none", base, steered, ratio, False, seed=0)
     assert found.better is None and found.base.estimate == pytest.approx(ratio(base))
     assert found.difference.estimate == pytest.approx(ratio(steered) - ratio(base))
@@ -310,7 +313,9 @@ def test_without_a_plan_it_is_lm_evals_own_model(embedded: Any) -> None:
     rolled = theirs.loglikelihood_rolling(documents)
     assert ours.loglikelihood_rolling(documents) == pytest.approx(rolled, abs=1e-3)
     asked = {"until": ["\n", "."], "max_gen_toks": 10, "do_sample": False}
-    contexts = instances("generate_until", *((text, asked) for text in ("1, 2, 3, 4,", "Q: Who wrote Hamlet?\nA:", chat)))
+    contexts = instances(
+        "generate_until", *((text, asked) for text in ("1, 2, 3, 4,", "Q: Who wrote Hamlet?\nA:", chat))
+    )
     assert ours.generate_until(contexts) == theirs.generate_until(contexts)
 
 

@@ -6,7 +6,6 @@ which is no package, what their readers do with a file is done here with the sam
 
 import json
 import re
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,11 @@ def test_arena_hard_as_its_readers_read_it(responses: sims.export.Responses, tmp
     questions = sims.export.arena_hard_questions(PROMPTS, tmp_path / "question.jsonl", category="creative_writing")
     for name in (NAME, "baseline"):
         sims.export.to_arena_hard(responses, answers / f"{name}.jsonl")
-    asked = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines() if line]  # utils/completion.load_questions
+    asked = [
+        json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines() if line
+    ]  # utils/completion.load_questions
     loaded: dict[str, dict[str, Any]] = {}
-    for filename in sorted(glob(str(answers / "*.jsonl"))):  # load_model_answers
+    for filename in sorted(str(path) for path in answers.glob("*.jsonl")):  # load_model_answers
         with Path(filename).open(encoding="utf-8") as lines:
             loaded[Path(filename).name[:-6]] = {(row := json.loads(line))["uid"]: row for line in lines}
     assert [q["category"] for q in asked] == ["creative_writing"] * 4

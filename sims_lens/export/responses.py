@@ -53,7 +53,9 @@ class Responses:
         if len(self.texts) != len(self.prompts):
             raise ExportError(f"there are {len(self.texts)} responses to {len(self.prompts)} prompts; give one to each")
         if self.tokens and len(self.tokens) != len(self.prompts):
-            raise ExportError(f"there are {len(self.tokens)} lengths of {len(self.prompts)} responses; give one of each")
+            raise ExportError(
+                f"there are {len(self.tokens)} lengths of {len(self.prompts)} responses; give one of each"
+            )
 
 
 def responses_of(
@@ -147,9 +149,7 @@ def from_alpaca_eval(path: str | Path) -> Responses:
     return _responses(path, [(_text(path, row, "instruction"), _text(path, row, "output")) for row in rows])
 
 
-def to_arena_hard(
-    responses: Responses | Run, path: str | Path, *, questions: str | Path | None = None
-) -> Path:
+def to_arena_hard(responses: Responses | Run, path: str | Path, *, questions: str | Path | None = None) -> Path:
     """Write responses as a file of model answers for Arena-Hard-Auto.
 
     Put it into ``data/<benchmark>/model_answer/`` and name it in the config's ``model_list``. Lengths in ``metadata``
@@ -175,7 +175,9 @@ def to_arena_hard(
     lines = []
     for index, (prompt, text) in enumerate(zip(found.prompts, found.texts, strict=True)):
         if questions is not None and prompt not in uids:
-            raise ExportError(f"prompt {index} isn't in {questions}: {quote(prompt)}; leave it out, or take its prompts")
+            raise ExportError(
+                f"prompt {index} isn't in {questions}: {quote(prompt)}; leave it out, or take its prompts"
+            )
         uid = uids.get(prompt) or uid_of(prompt)
         length = found.tokens[index] if found.tokens else len(text.split())
         answer = {
@@ -245,9 +247,9 @@ def uid_of(prompt: str) -> str:
 
 
 def markdown_counts(text: str) -> dict[str, dict[str, int]]:
-    """Headings, list items and bold spans of a text outside its code blocks, by kind, as Arena-Hard-Auto counts them.
+    r"""Headings, list items and bold spans outside a text's code blocks, by kind, as Arena-Hard-Auto counts them.
 
-    >>> markdown_counts("# A\\n- **b**\\n1. c")["list_count"]
+    >>> markdown_counts("# A\n- **b**\n1. c")["list_count"]
     {'ordered': 1, 'unordered': 1}
     """
     prose = re.sub(r"```[^`]*```", "", text)

@@ -131,7 +131,9 @@ class Capability:
         return f"Capability, base against steered on the same documents{chat}{shots}"
 
     def _cells(self) -> list[tuple[str, ...]]:
-        cells = [("task", "metric", "documents", "base", "steered", "difference [95%]", "better", "worse")]
+        cells: list[tuple[str, ...]] = [
+            ("task", "metric", "documents", "base", "steered", "difference [95%]", "better", "worse")
+        ]
         for s in self.scores:
             d = s.difference
             counts = ("" if count is None else str(count) for count in (s.better, s.worse))
@@ -170,7 +172,7 @@ def capability(
     batch_rows: int | None = None,
     seed: int = 0,
 ) -> Capability:
-    """Run lm-evaluation-harness on the base and the steered model, on the same documents, and compare them pair by pair.
+    """Run lm-evaluation-harness on the base and the steered model, and compare them document by document.
 
     The packaged tasks need no network: a smoke test of a minute, easy enough for small models, not a benchmark. Any of
     lm-eval's tasks is taken by name; it downloads its data.
@@ -310,9 +312,7 @@ def _compare(
     scores = []
     for which, theirs in by_filter[0].items():
         ours = by_filter[1][which]
-        same = theirs.keys() == ours.keys() and all(
-            theirs[i]["prompt_hash"] == ours[i]["prompt_hash"] for i in theirs
-        )
+        same = theirs.keys() == ours.keys() and all(theirs[i]["prompt_hash"] == ours[i]["prompt_hash"] for i in theirs)
         if not same:
             raise CapabilityError(f"{name} gave the two models different documents; it can't be compared in pairs")
         for metric in next(iter(theirs.values()))["metrics"]:
@@ -357,7 +357,8 @@ def score(
         better, worse = (down, up) if higher_is_better is False else (up, down)
     else:
         intervals = _resampled(base, steered, aggregate, seed=seed)
-    return CapabilityScore(task, metric, which, higher_is_better, len(base), *intervals, better, worse)
+    before, after, difference = intervals
+    return CapabilityScore(task, metric, which, higher_is_better, len(base), before, after, difference, better, worse)
 
 
 def _resampled(

@@ -80,7 +80,7 @@ def lm_eval_model(
         def tokenizer_name(self) -> str:
             return adapt(model).name.replace("/", "__")
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
             return texts.encode(string, special=add_special_tokens)
 
         def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -98,7 +98,7 @@ def lm_eval_model(
             return str(text)
 
         def _loglikelihood_tokens(
-            self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+            self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_options: Any
         ) -> list[tuple[float, bool]]:
             del disable_tqdm
             found = texts.log_likelihoods([(context, continuation) for _, context, continuation in requests])
@@ -111,7 +111,8 @@ def lm_eval_model(
             del disable_tqdm
             windows: list[tuple[list[int], list[int]]] = []
             owner: list[int] = []
-            for index, (text,) in enumerate(request.args for request in requests):
+            for index, request in enumerate(requests):
+                (text,) = request.args
                 cut = get_rolling_token_windows(
                     token_list=self.tok_encode(text),
                     prefix_token=self.prefix_token_id,

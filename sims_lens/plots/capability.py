@@ -53,7 +53,9 @@ def capability(result: Capability) -> go.Figure:
 
 def _direction(result: Capability, name: str) -> str:
     ways = {s.higher_is_better for s in result.scores if s.name == name}
-    return {frozenset({True}): " (higher is better)", frozenset({False}): " (lower is better)"}.get(frozenset(ways), "")
+    if ways == {True}:
+        return " (higher is better)"
+    return " (lower is better)" if ways == {False} else ""
 
 
 __all__ = ["capability"]
