@@ -1,6 +1,7 @@
 """A steered model in lm-evaluation-harness: what it computes, and the comparison of base and steered."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,7 +325,7 @@ def test_capability_on_the_packaged_tasks(embedded: Any) -> None:
     vector = torch.randn(576, generator=torch.Generator().manual_seed(0))
     wreck = sims.SteeringPlan.addition({15: vector}, coefficient=2.0, units="residual_norm", scope="all")
     state = torch.random.get_rng_state()
-    found = sims.capability(embedded, wreck, PACKAGED, limit=8)
+    found = sims.capability(embedded, wreck, PACKAGED, limit=6)
     assert torch.equal(state, torch.random.get_rng_state())  # nothing of the process was seeded
     assert {(s.task, s.metric) for s in found.scores} == {
         ("sims_plain_facts", "acc"),
@@ -332,16 +333,20 @@ def test_capability_on_the_packaged_tasks(embedded: Any) -> None:
         ("sims_plain_words", "contains"),
     }
     words = next(s for s in found.scores if s.metric == "contains")
-    assert words.documents == 8 and words.base.estimate >= 0.6 and words.harmed and words.steered.estimate <= 0.25
-    nothing = sims.capability(embedded, wreck.scaled(0.0), "sims_plain_words", limit=4)
+    assert words.documents == 6 and words.base.estimate >= 0.6 and words.harmed and words.steered.estimate <= 0.25
+    nothing = sims.capability(embedded, wreck.scaled(0.0), "sims_plain_words", limit=2)
     assert nothing.scores[0].difference == Interval(0.0, 0.0, 0.0)
     assert nothing.scores[0].better == nothing.scores[0].worse == 0
 
 
-def test_a_task_of_ones_own_and_one_that_is_not_there(zoo: Any, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason=REASON)
+def test_a_task_of_ones_own_and_one_that_is_not_there(
+    zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks", reason=REASON)
+    # lm-eval's own 13,000 task files take it ten seconds to look through.
+    manager = tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, **_: manager(None, include_path, False))
     model, plan = zoo("llama", "bridge"), plan_of(1, scope="generation", coefficient=6.0)
-    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "A short text of some words."}) + "\n")
     (tmp_path / "own.yaml").write_text(
         "task: own_rolling\n"
         "custom_dataset: !function own.read\n"
@@ -361,8 +366,11 @@ def test_a_task_of_ones_own_and_one_that_is_not_there(zoo: Any, tmp_path: Path) 
     figures = {s.metric: s for s in found.scores}
     assert set(figures) == {"word_perplexity", "bits_per_byte"} and figures["bits_per_byte"].higher_is_better is False
     bits = figures["bits_per_byte"]
-    text = "Some words here."
-    ids = SteeredTexts(model, plan).encode(text)
-    assert bits.documents == 3 and bits.better is None and bits.difference.estimate != 0 and ids
+    documents = ("Some words here.", "And more of them.", "A third one, too.")
+    for shown, used in ((bits.base, NOTHING), (bits.steered, plan)):
+        texts = SteeredTexts(model, used)
+        nats = [texts.log_likelihoods([([texts.start], texts.encode(text))])[0][0] for text in documents]
+        assert shown.estimate == pytest.approx(-sum(nats) / len("".join(documents)) / math.log(2), rel=1e-5)
+    assert bits.documents == 3 and bits.better is None and bits.difference.estimate != 0
     with pytest.raises(CapabilityError, match="lm-eval has no task 'own_rollin'; there are own_rolling"):
         sims.capability(model, plan, "own_rollin", include_path=tmp_path)
