@@ -29,9 +29,8 @@ def main() -> None:
     random = {c: sims.SteeringPlan.addition({given.layer: noise}, coefficient=c, units="residual_norm") for c in (0.4,)}
     plans = {f"cheerful, {c:g}": fitted.plan(given.layer, coefficient=c) for c in given.coefficients}
     plans |= {f"random direction, {c:g}": plan for c, plan in random.items()}
-    print(
-        "| plan | task | metric | base | steered | difference [95%] | better | worse |\n|---|---|---|---|---|---|---|---|"
-    )
+    head = ("plan", "task", "metric", "base", "steered", "difference [95%]", "better", "worse")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     started = time.perf_counter()
     for name, plan in {**plans, "nothing": NOTHING}.items():
         found = sims.capability(model, plan, PACKAGED, chat=given.chat)
