@@ -58,12 +58,15 @@ if TYPE_CHECKING:
         fit_quality,
     )
     from sims_lens.evaluate import Evaluation
+    from sims_lens.export import responses_of
+    from sims_lens.harness import Capability, capability, lm_eval_model
     from sims_lens.hooks import Steering, attach, resolve, steering
     from sims_lens.hub import from_hub, model_card, push_to_hub
     from sims_lens.loop import improve
     from sims_lens.models import load
     from sims_lens.plan import SteeringPlan
     from sims_lens.prompts import everyday, read_prompts, tone_pairs
+    from sims_lens.prompts.sets import load_pairs, load_prompts
     from sims_lens.rankers import CachedRanker, EndpointJudge, Ensemble, PairRM, ReadingEase, RewardModel, Vader
     from sims_lens.rankers.self_judge import SelfJudge
     from sims_lens.report import write_report
@@ -123,6 +126,10 @@ _HOME = {
     "fit_quality": "estimators",
     "Evaluation": "evaluate",
     "export": "export",
+    "responses_of": "export",
+    "Capability": "harness",
+    "capability": "harness",
+    "lm_eval_model": "harness",
     "Steering": "hooks",
     "attach": "hooks",
     "resolve": "hooks",
@@ -137,6 +144,8 @@ _HOME = {
     "everyday": "prompts",
     "read_prompts": "prompts",
     "tone_pairs": "prompts",
+    "load_pairs": "prompts.sets",
+    "load_prompts": "prompts.sets",
     "CachedRanker": "rankers",
     "EndpointJudge": "rankers",
     "Ensemble": "rankers",
@@ -173,6 +182,7 @@ __all__ = [
     "Amplification",
     "CachedRanker",
     "Calibration",
+    "Capability",
     "Clamp",
     "Comparison",
     "ContrastConfig",
@@ -218,6 +228,7 @@ __all__ = [
     "audit",
     "bootstrap_mean",
     "calibrate",
+    "capability",
     "capture",
     "capture_moments",
     "capture_tokens",
@@ -235,7 +246,10 @@ __all__ = [
     "interaction",
     "layer_sweep",
     "leave_one_out",
+    "lm_eval_model",
     "load",
+    "load_pairs",
+    "load_prompts",
     "logit_attribution",
     "model_axes",
     "model_card",
@@ -248,6 +262,7 @@ __all__ = [
     "readout",
     "residual_norms",
     "resolve",
+    "responses_of",
     "restride",
     "steering",
     "token_scores",

@@ -211,16 +211,22 @@ class Fit:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run's plan, or a plan file, for another tool; refused where that tool would steer differently."""
+    """Write a run's plan, or a plan file, for another tool; refused where that tool would steer differently. Or write
+    a run's held-out responses for a public judge: alpaca-eval, arena-hard."""
 
     run_dir: Annotated[Path, arg(name="run")]
     """A run directory, or a plan file (.safetensors)."""
     to: str
-    """baked (a checkpoint folder for any engine), gguf (llama.cpp), lm-eval, steerkit or vllm."""
+    """baked (a checkpoint folder for any engine), gguf (llama.cpp), lm-eval, steerkit or vllm; or, of a run's
+    responses, alpaca-eval (FILE.json) or arena-hard (MODEL.jsonl)."""
     out: Path
     """The file or folder to write."""
     all_tokens: bool = False
     """Export the plan as it would act on every token: most formats can't hold any other scope."""
+    iteration: int | None = None
+    """For responses: of which iteration, 0 for the base model; by default that of the run's plan."""
+    questions: Path | None = None
+    """For arena-hard: the benchmark's question.jsonl, whose ids are taken; by default ids are made of the prompts."""
     model: str | None = None
     """Hub id, local folder or "embedded"; by default the model that the plan was made on."""
     kind: str | None = None
@@ -239,12 +245,28 @@ class Export:
             "steerkit": export.to_steerkit,
             "vllm": export.to_vllm,
         }
+        if self.to in ("alpaca-eval", "arena-hard"):
+            return self._responses()
         if self.to not in formats:
-            raise ExportError(f"format {self.to!r} is not one of {', '.join(formats)}")
+            raise ExportError(f"format {self.to!r} is not one of {', '.join(formats)}, alpaca-eval, arena-hard")
         plan, model = _planned(self.run_dir, self.model, self.kind)
         done = formats[self.to](model, plan.on("all") if self.all_tokens else plan, self.out)
         print(done)
         return {"path": str(done.path), "format": done.format, "error": done.error, "tokens": done.tokens}
+
+    def _responses(self) -> dict[str, Any]:
+        from sims_lens import export
+        from sims_lens.run import open_run
+
+        if not self.run_dir.is_dir():
+            raise ExportError(f"{self.run_dir} is no run directory; only a run holds responses")
+        found = export.run_responses(open_run(self.run_dir), self.iteration)
+        if self.to == "alpaca-eval":
+            path = export.to_alpaca_eval(found, self.out)
+        else:
+            path = export.to_arena_hard(found, self.out, questions=self.questions)
+        print(f"{len(found.prompts)} responses for {self.to} at {path}")
+        return {"path": str(path), "format": self.to, "responses": len(found.prompts)}
 
 
 @dataclass(frozen=True)

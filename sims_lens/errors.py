@@ -47,3 +47,7 @@ class FitError(SimsError, ValueError):
 
 class ExportError(SimsError, ValueError):
     """A plan can't be written in another tool's format without changing what it does, or a file can't be read."""
+
+
+class CapabilityError(SimsError, ValueError):
+    """A capability evaluation can't be run: a package, a task or its data is missing, or a request can't be met."""

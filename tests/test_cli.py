@@ -181,6 +181,23 @@ def test_export_says_how_near_it_is(fitted: Path, model: str, capsys: pytest.Cap
     assert "format 'onnx' is not one of baked, gguf" in capsys.readouterr().err
 
 
+def test_export_of_a_runs_responses(
+    run: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["export", "--run", str(run), "--to"]
+    assert main([*given, "alpaca-eval", "--out", str(tmp_path / "steered.json")]) == 0
+    assert main([*given, "arena-hard", "--out", str(tmp_path / "base.jsonl"), "--iteration", "0"]) == 0
+    opened = sims.open_run(run)
+    heldout = tuple(opened.prompts[i] for i in opened.indices("heldout"))
+    assert f"{len(heldout)} responses for arena-hard" in capsys.readouterr().out
+    steered = sims.export.from_alpaca_eval(tmp_path / "steered.json")
+    base = sims.export.from_arena_hard(tmp_path / "base.jsonl")
+    assert steered.prompts == base.prompts == heldout
+    assert base.texts == tuple(s.text for s in opened.samples(0) if s.draw == 0)
+    assert main(["export", "--run", str(fitted), "--to", "alpaca-eval", "--out", "a.json"]) == 2
+    assert "is no run directory; only a run holds responses" in capsys.readouterr().err
+
+
 def test_what_fit_cannot_use(fitted: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = str(fitted.with_name("pairs.jsonl"))
     for given, message in (

@@ -8,6 +8,7 @@ from sims_lens.plots.ablation import directional_ablation, leave_one_out, logit_
 from sims_lens.plots.audit import reliability_card
 from sims_lens.plots.bank import pair_selection
 from sims_lens.plots.calibration import calibration
+from sims_lens.plots.capability import capability
 from sims_lens.plots.circuits import attribution_check, component_effects, direction_readers
 from sims_lens.plots.comparison import comparison
 from sims_lens.plots.geometry import (
@@ -32,6 +33,7 @@ __all__ = [
     "TEMPLATE",
     "attribution_check",
     "calibration",
+    "capability",
     "comparison",
     "component_effects",
     "direction_readers",

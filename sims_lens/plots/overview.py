@@ -18,9 +18,11 @@ from sims_lens.auditing import Audit
 from sims_lens.calibration import Calibration
 from sims_lens.comparison import Comparison
 from sims_lens.errors import SimsError
+from sims_lens.harness import Capability
 from sims_lens.plots.ablation import directional_ablation, leave_one_out, logit_attribution
 from sims_lens.plots.audit import reliability_card
 from sims_lens.plots.calibration import calibration
+from sims_lens.plots.capability import capability
 from sims_lens.plots.circuits import attribution_check, component_effects, direction_readers
 from sims_lens.plots.comparison import comparison
 from sims_lens.plots.geometry import norm_profile, projection_profile, shared_subspace, similarity, similarity_profile
@@ -35,6 +37,7 @@ _FIGURES: dict[type, tuple[Callable[[Any], go.Figure], ...]] = {
     Run: (win_rate, effect, side_effects, vector_norms, iteration_similarity, layer_similarity),
     Audit: (reliability_card,),
     Calibration: (calibration,),
+    Capability: (capability,),
     Comparison: (comparison,),
     Interaction: (interaction,),
     LayerSweep: (layer_sweep, frontier),

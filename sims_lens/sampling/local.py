@@ -61,6 +61,20 @@ class LocalSampler:
         for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed):
             yield sample
 
+    def complete(
+        self, texts: Sequence[str], tokens: Sequence[Sequence[int]], *, plan: SteeringPlan, seed: int
+    ) -> Iterator[Sample]:
+        """Yield one continuation of each text, tokenised already: no chat template is put around it.
+
+        Args:
+            texts: what seeds the draws; two that are the same are continued in the same way.
+            tokens: their token ids.
+            plan: what steers.
+            seed: of the draws.
+        """
+        for sample, _ in self._sample(texts, n=1, plan=plan, seed=seed, encoded=tokens):
+            yield sample
+
     def sample_and_measure(
         self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, measured: int | None = None
     ) -> Iterator[Sample]:
@@ -128,9 +142,11 @@ class LocalSampler:
         seed: int,
         site: str | None = None,
         measured: int = 0,
+        encoded: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[tuple[Sample, Reading | None]]:
         adapter, config = adapt(self.model), self.config
-        encoded = [adapter.encode(prompt) for prompt in prompts]
+        if encoded is None:
+            encoded = [adapter.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         rows = [
             Row(i, k, uniforms(seed, prompts[i], k, config.max_new_tokens).tolist()) for i in order for k in range(n)
