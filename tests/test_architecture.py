@@ -27,10 +27,11 @@ LEVELS = {
     8: ["auditing", "behaviour"],
     9: ["iteration", "run", "calibration"],
     10: ["loop", "analysis"],
-    11: ["plots"],
-    12: ["report", "widgets"],
-    13: ["cli"],
-    14: ["__main__"],
+    11: ["lab"],
+    12: ["plots"],
+    13: ["report", "widgets"],
+    14: ["cli"],
+    15: ["__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 
