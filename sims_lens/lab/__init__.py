@@ -12,7 +12,7 @@ from sims_lens.lab.corruption import Curve, Moments, corruption_curve
 from sims_lens.lab.distribution import OutOfDistribution, default_groups, out_of_distribution
 from sims_lens.lab.failures import Failure, FailureLedger, failures
 from sims_lens.lab.misled import Misled, MisledIteration, MisledRun, misled, reward_hacking, wrong_oracles
-from sims_lens.lab.noise import CorruptedEffect, CorruptedPairs, oracle_noise, poisoned_negatives
+from sims_lens.lab.noise import SHARES, CorruptedEffect, CorruptedPairs, oracle_noise, poisoned_negatives
 from sims_lens.lab.oracles import LengthBiased, Loophole, Noisy, Reversed
 from sims_lens.lab.steerability import COEFFICIENTS, Steerability, steerability
 
@@ -33,6 +33,7 @@ __all__ = [
     "Noisy",
     "OutOfDistribution",
     "Reversed",
+    "SHARES",
     "Steerability",
     "corruption_curve",
     "default_groups",

@@ -14,8 +14,8 @@ E[d_ε] = (1 - ε) d + ε e.
 **Break-even.** The pairs are split at random: half B gives a reference direction u = x̄_B / |x̄_B|, from the n_A pairs
 of half A a corrupted d_ε is fitted. Two fits on the same pairs would share their sampling error; these don't. The
 signal is the expected projection E[u · d_ε]. Under shuffled labels (ε = ½) the projection has mean 0 and variance
-E[(u · x)²] / n_A. **The break-even ε* is the rate at which the signal equals the null's upper edge, 1.96 standard deviations**: there one
-noisy fit in two still lies beyond what 39 of 40 shuffled fits reach; above ε* most do not.
+E[(u · x)²] / n_A. **The break-even ε* is the rate at which the signal equals the null's upper edge, 1.96 standard
+deviations**: there one noisy fit in two still lies beyond what 39 of 40 shuffled fits reach; above ε* most do not.
 
 With T = E[(x̄_B · x)²] = dᵀ M d (1 - 1/n_B) + tr(M²) / n_B for an x that is not in B, the length of x̄_B cancels:
 
@@ -121,7 +121,9 @@ class Moments:
         """
         square = self.along if reference is None else self.projected(reference)
         edge, slope = Z * math.sqrt(max(square, 0.0) / pairs), self.signal - self.across
-        return (self.signal - edge) / slope if slope > 0 else math.inf
+        if slope <= 0:
+            return math.inf if self.signal > edge else -math.inf
+        return (self.signal - edge) / slope
 
     def _overlap(self, epsilon: float) -> float:
         return (1 - epsilon) * self.signal + epsilon * self.across
@@ -234,7 +236,7 @@ def corruption_curve(
         null_edge=whole.edge,
         break_even=intervals[-1],
         expected_break_even=_jackknife(theory, deleted_theory),
-        gap=_jackknife(theory - whole.break_even, deleted_theory - deleted[:, -1]),
+        gap=_difference(theory, whole.break_even, deleted_theory, deleted[:, -1]),
         with_all=moments.break_even(pairs=n),
         moments=moments,
     )
@@ -330,7 +332,7 @@ def _crossing(x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], le
     piece = next((i for i in range(len(x) - 1) if y[i + 1] <= level), len(x) - 2)
     rise = y[piece + 1] - y[piece]
     if rise >= 0:
-        return math.inf
+        return math.inf if y[0] > level else -math.inf
     return float(x[piece] + (level - y[piece]) * (x[piece + 1] - x[piece]) / rise)
 
 
@@ -376,6 +378,15 @@ def _same_pairs(gram: Float[np.ndarray, "row row"], n: int, choices: int, epsilo
 def _without(gram: Float[np.ndarray, "row row"], i: int, n: int, choices: int) -> Float[np.ndarray, "rest rest"]:
     gone = [i, *range(n + i * choices, n + (i + 1) * choices)]
     return np.delete(np.delete(gram, gone, 0), gone, 1)
+
+
+def _difference(
+    first: float, second: float, first_left_out: Float[np.ndarray, " pair"], second_left_out: Float[np.ndarray, " pair"]
+) -> Interval:
+    """The first less the second; unknown where either is infinite."""
+    if not all(np.isfinite(v).all() for v in (first, second, first_left_out, second_left_out)):
+        return Interval(math.nan, -math.inf, math.inf)
+    return _jackknife(first - second, first_left_out - second_left_out)
 
 
 def _jackknife(estimate: float, left_out: Float[np.ndarray, " pair"]) -> Interval:

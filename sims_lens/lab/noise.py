@@ -204,8 +204,8 @@ def oracle_noise(
     if flip == "negatives":
         if not found.others.shape[1]:
             raise ConfigError(
-                'flip="negatives" needs responses that are neither best nor worst: a run whose sampling.responses is 3 or '
-                "more"
+                'flip="negatives" needs responses that are neither best nor worst: a run whose sampling.responses is 3 '
+                "or more"
             )
         corrupted = found.best[:, None] - found.others
     return _result(

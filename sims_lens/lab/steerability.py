@@ -2,8 +2,8 @@
 
 Reference: Tan et al. 2024, "Analyzing the Generalization and Reliability of Steering Vectors" (arXiv 2407.12404). Their
 steerability of a dataset is the slope of the line that is fitted to the propensity over the multiplier; an example
-whose slope is below 0 is anti-steerable. Our deviations: the line is fitted to each prompt, not to the mean; the multiplier
-is a factor of a plan's own strength; and the propensity is any :class:`~sims_lens.behaviour.Behaviour`.
+whose slope is below 0 is anti-steerable. Our deviations: the line is fitted to each prompt, not to the mean; the
+multiplier is a factor of a plan's own strength; the propensity is any :class:`~sims_lens.behaviour.Behaviour`.
 """
 
 import math

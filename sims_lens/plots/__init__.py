@@ -18,6 +18,7 @@ from sims_lens.plots.geometry import (
     trajectory,
 )
 from sims_lens.plots.interactions import interaction
+from sims_lens.plots.lab import corrupted_pairs, failures, misled, multi_turn, out_of_distribution, steerability
 from sims_lens.plots.overview import figures
 from sims_lens.plots.readouts import readout, readout_drift, readout_layers, readout_measured
 from sims_lens.plots.run import effect, iteration_similarity, layer_similarity, side_effects, vector_norms, win_rate
@@ -32,9 +33,11 @@ __all__ = [
     "attribution_check",
     "calibration",
     "component_effects",
+    "corrupted_pairs",
     "direction_readers",
     "directional_ablation",
     "effect",
+    "failures",
     "figures",
     "frontier",
     "interaction",
@@ -43,7 +46,10 @@ __all__ = [
     "layer_sweep",
     "leave_one_out",
     "logit_attribution",
+    "misled",
+    "multi_turn",
     "norm_profile",
+    "out_of_distribution",
     "pair_selection",
     "projection_profile",
     "readout",
@@ -57,6 +63,7 @@ __all__ = [
     "similarity",
     "similarity_profile",
     "slider",
+    "steerability",
     "token_heatmap",
     "trajectory",
     "vector_norms",
