@@ -176,7 +176,7 @@ def corruption_curve(
     corrupted: Float[np.ndarray, "pair choice d_model"] | None = None,
     *,
     epsilons: tuple[float, ...],
-    repeats: int = 200,
+    repeats: int = 400,
     seed: int = 0,
 ) -> Curve:
     """Corrupt pairs again and again and see what becomes of their mean difference.

@@ -15,9 +15,9 @@ import numpy as np
 
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError
-from sims_lens.lab.shown import Shown, columns, share, signed
+from sims_lens.lab.shown import Shown, columns, rate, rate_difference, share, signed
 from sims_lens.run import Run
-from sims_lens.stats import Interval, bootstrap_mean
+from sims_lens.stats import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,7 +209,7 @@ def loops(text: str, tokens: Sequence[int] = ()) -> bool:
     """Whether a response goes round in circles: :data:`GRAM` words :data:`TIMES` times over, or its end repeats a few
     tokens.
 
-    >>> loops("so it is and so it is and so it is"), loops("so it goes", [7, 8] * 6), loops("so it goes", range(12))
+    >>> loops("so it is and so it is and so it is and"), loops("so it goes", [7, 8] * 6), loops("so it goes", range(12))
     (True, True, False)
     """
     words = [word.casefold() for word in text.split()]
@@ -277,9 +277,9 @@ def _counted(
         kind=kind,
         meaning=meaning,
         count=sum(map(sum, ours)),
-        steered=bootstrap_mean(steered, seed=seed),
-        base=bootstrap_mean(base, seed=seed),
-        difference=bootstrap_mean(steered - base, seed=seed),
+        steered=rate(steered, seed=seed),
+        base=rate(base, seed=seed),
+        difference=rate_difference(steered - base, seed=seed),
         examples=tuple(
             (s.prompt, s.draw)
             for g, marks in zip(groups, ours, strict=True)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from sims_lens.behaviour import Behaviour, PairBehaviour, SampledBehaviour
 from sims_lens.errors import ConfigError
 from sims_lens.hooks import check_unsteered, resolve
-from sims_lens.lab.shown import Shown, columns, share, signed
+from sims_lens.lab.shown import Shown, columns, rate, share, signed
 from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.stats import CONFIDENCE, Interval, bootstrap_mean
@@ -209,8 +209,8 @@ def from_values(
         errors=errors,
         prompts=of,
         mean=bootstrap_mean(_by_prompt(slopes, of), seed=seed),
-        anti=bootstrap_mean(_by_prompt(slopes < 0, of), seed=seed),
-        shown=bootstrap_mean(_by_prompt(slopes + reach < 0, of), seed=seed),
+        anti=rate(_by_prompt(slopes < 0, of), seed=seed),
+        shown=rate(_by_prompt(slopes + reach < 0, of), seed=seed),
         spread=float(slopes.std(ddof=1)) if len(slopes) > 1 else 0.0,
         noise=float(np.sqrt((errors**2).mean())),
     )
