@@ -17,7 +17,7 @@ from sims_lens import lab
 from sims_lens.lab.corruption import Moments, corruption_curve
 
 LAYER = 22
-HACKED = 60  # prompts of each misled loop
+HACKED = 50  # prompts of each misled loop
 SPREAD = 12.0  # points of reading ease: about the standard deviation among replies to one prompt
 
 

@@ -78,6 +78,18 @@ class TestOracles:
         assert other != signs
         assert not any(lab.Noisy(vowels, 0.0).flips(f"{k}") for k in range(50))
 
+    def test_noise_swaps_best_and_worst_of_whole_pairs(self, run: sims.Run) -> None:
+        """What :func:`lab.oracle_noise` does to pairs is what a noisy oracle does to the loop's."""
+        noisy, samples = lab.Noisy(vowels, 0.5, seed=3), run.samples(1, "train")
+        clean, wrong = (
+            best_against_worst(rank(as_ranker(ranker), run.prompts, samples)).pairs for ranker in (vowels, noisy)
+        )
+        turned = [noisy.flips(run.prompts[pair.prompt]) for pair in clean]
+        assert 0 < sum(turned) < len(turned) == len(wrong)
+        for pair, other, bad in zip(clean, wrong, turned, strict=True):
+            ends = (pair.worst.draw, pair.best.draw) if bad else (pair.best.draw, pair.worst.draw)
+            assert (other.best.draw, other.worst.draw) == ends
+
     def test_what_the_biased_ones_pay_for(self) -> None:
         honest = vowels("", list(self.RESPONSES))
         assert lab.Reversed(vowels).rank("", self.RESPONSES) == tuple(-s for s in honest)
@@ -487,6 +499,28 @@ class TestFailures:
             assert refuses(text), text
         for text in ("You can help with that.", "I can't wait to help!", "Sorry, we are closed."):
             assert not refuses(text), text
+
+
+def test_a_model_with_a_plan_attached_is_refused(model: Any, run: sims.Run) -> None:
+    plan, pairs = plan_of(1), sims.PairBehaviour([("a", "b", "c")])
+    calls = [
+        lambda: lab.oracle_noise(model, run, progress=False),
+        lambda: lab.poisoned_negatives(model, run, progress=False),
+        lambda: lab.misled(model, PROMPTS, {"a": vowels}, honest=vowels, progress=False),
+        lambda: lab.out_of_distribution(model, plan, ranker=vowels, progress=False),
+        lambda: lab.multi_turn(model, plan, ranker=vowels, progress=False),
+        lambda: lab.steerability(model, plan, pairs, progress=False),
+    ]
+    for call in calls:
+        with sims.steering(model, plan), pytest.raises(sims.SimsError, match="a plan is attached"):
+            call()
+
+
+def test_the_report_takes_what_the_laboratory_found(run: sims.Run, tmp_path: Path) -> None:
+    values = np.array([[0.0, 1.0, 2.0], [0.0, -1.0, -2.0]])
+    results = [lab.failures(run), from_values(values, (0.0, 1.0, 2.0), name=HOSTILE)]
+    text = sims.write_report(run, tmp_path / "page.html", analyses=results).read_text()
+    assert "length blow-up" in text and "Anti-steerable" in text and "<img src=x" not in text
 
 
 @pytest.mark.slow

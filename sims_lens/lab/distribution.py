@@ -57,8 +57,8 @@ class OutOfDistribution(Shown):
 
         rows: list[dict[str, Any]] = []
         for name, e in self.evaluations.items():
-            row: dict[str, Any] = {"group": name, "prompts": self.prompts[name]}
-            row |= columns(base=_base(e), effect=e.difference, win_rate=e.win_rate, gap=self.gaps.get(name))
+            row: dict[str, Any] = {"group": name, "prompts": self.prompts[name], "base": _base(e)}
+            row |= columns(effect=e.difference, win_rate=e.win_rate, gap=self.gaps.get(name))
             rows.append(row | columns(perplexity_ratio=self.perplexity[name], kl=e.kl))
         return pd.DataFrame(rows).set_index("group")
 
@@ -72,7 +72,7 @@ class OutOfDistribution(Shown):
             ("group", "prompts", "base", "effect [95%]", "win rate", f"less {self.reference}", "perplexity x", "KL")
         ]
         for name, e in self.evaluations.items():
-            figures = (f"{_base(e).estimate:.3g}", signed(e.difference), str(e.win_rate), signed(self.gaps.get(name)))
+            figures = (f"{_base(e):.3g}", signed(e.difference), str(e.win_rate), signed(self.gaps.get(name)))
             ratio = self.perplexity[name]
             rows.append((name, f"{self.prompts[name]}", *figures, f"{ratio.estimate:.2f}", f"{e.kl.estimate:.2f}"))
         return rows
@@ -177,10 +177,9 @@ def difference_of_means(
     return bca(float(first.mean() - second.mean()), drawn[0] - drawn[1], influence)
 
 
-def _base(e: Evaluation) -> Interval:
+def _base(e: Evaluation) -> float:
     """The base model's mean score."""
-    estimate = e.score.estimate - e.difference.estimate
-    return Interval(estimate, estimate, estimate)
+    return e.score.estimate - e.difference.estimate
 
 
 __all__ = ["EVERYDAY", "OutOfDistribution", "default_groups", "difference_of_means", "out_of_distribution"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sims_lens.config import SIMSConfig
 from sims_lens.errors import ConfigError
 from sims_lens.evaluate import Effect
+from sims_lens.hooks import check_unsteered
 from sims_lens.lab.oracles import LengthBiased, Loophole, Noisy, Reversed
 from sims_lens.lab.shown import Shown, columns, relation, signed
 from sims_lens.loop import improve
@@ -185,6 +186,7 @@ def misled(
     for name in oracles:
         if not isinstance(name, str) or not name or "/" in name or "\\" in name or name.startswith("."):
             raise ConfigError(f"the oracle's name {name!r} becomes a folder's: use letters, digits and spaces")
+    check_unsteered(model)
     chosen = config or SIMSConfig()
     if config is None:
         chosen = replace(chosen, evaluation=replace(chosen.evaluation, controls=0))

@@ -35,6 +35,16 @@ _KINDS = {
 }
 
 
+_OUTCOMES = {
+    "hacked": "the oracle is gamed",
+    "hollow": "only the oracle gains",
+    "harmless": "both gain",
+    "harmful": "harm, and no gain",
+    "nothing": "no gain",
+    "stopped": "all rolled back",
+}
+
+
 def corrupted_pairs(result: CorruptedPairs) -> go.Figure:
     """Cosine, and projection on an independent half's direction, by the share of corrupted pairs; lines are theory.
 
@@ -154,16 +164,16 @@ def misled(result: Misled) -> go.Figure:
     names = list(result.runs)
     per_row = min(3, len(names))
     rows = -(-len(names) // per_row)
-    heads = [f"{plotly_text(name)}: {result.runs[name].outcome}" for name in names]
+    heads = [f"{plotly_text(name)}: {_OUTCOMES[result.runs[name].outcome]}" for name in names]
     figure = make_subplots(
-        rows=rows, cols=per_row, subplot_titles=heads, horizontal_spacing=0.09, vertical_spacing=0.28 / rows
+        rows=rows, cols=per_row, subplot_titles=heads, horizontal_spacing=0.09, vertical_spacing=0.4 / rows
     )
     titled(
         figure,
         "What the loop gains by a wrong oracle, and by the honest one",
         f"Effect on {result.prompts} held-out prompts, 95% intervals. Hollow: rolled back by the guard.",
         width=max(WIDTH, 300 * per_row),
-        height=150 + 250 * rows,
+        height=150 + 270 * rows,
     )
     for index, name in enumerate(names):
         run = result.runs[name]
