@@ -12,6 +12,7 @@ from sims_lens.errors import ConfigError
 from sims_lens.evaluate import Evaluation, evaluate, perplexity_ratio, score_changes
 from sims_lens.hooks import check_unsteered, resolve
 from sims_lens.lab.drawing import base_and_steered, check_count, ranked
+from sims_lens.lab.failures import FailureLedger, failures
 from sims_lens.lab.shown import Shown, columns, relation, signed
 from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
@@ -34,6 +35,7 @@ class OutOfDistribution(Shown):
         ranker: by which.
         evaluations: of each group, against the base model on the same prompts.
         perplexity: of the steered text over that of the base model's, in each group.
+        ledgers: what went wrong in each group, against the base model.
         gaps: effect in each group but the first less that in the first; prompts of both resampled.
         prompts: how many in each group.
         samples: responses to each.
@@ -42,6 +44,7 @@ class OutOfDistribution(Shown):
     ranker: str
     evaluations: Mapping[str, Evaluation]
     perplexity: Mapping[str, Interval]
+    ledgers: Mapping[str, FailureLedger]
     gaps: Mapping[str, Interval]
     prompts: Mapping[str, int]
     samples: int
@@ -59,7 +62,9 @@ class OutOfDistribution(Shown):
         for name, e in self.evaluations.items():
             row: dict[str, Any] = {"group": name, "prompts": self.prompts[name], "base": _base(e)}
             row |= columns(effect=e.difference, win_rate=e.win_rate, gap=self.gaps.get(name))
-            rows.append(row | columns(perplexity_ratio=self.perplexity[name], kl=e.kl))
+            broken = self.ledgers[name]["any"]
+            row |= columns(perplexity_ratio=self.perplexity[name], kl=e.kl)
+            rows.append(row | columns(failures=broken.steered, base_failures=broken.base))
         return pd.DataFrame(rows).set_index("group")
 
     def head(self) -> str:
@@ -69,12 +74,25 @@ class OutOfDistribution(Shown):
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text."""
         rows: list[tuple[str, ...]] = [
-            ("group", "prompts", "base", "effect [95%]", "win rate", f"less {self.reference}", "perplexity x", "KL")
+            (
+                "group",
+                "prompts",
+                "base",
+                "effect [95%]",
+                "win rate",
+                f"less {self.reference}",
+                "perplexity x",
+                "KL",
+                "failures (base)",
+            )
         ]
         for name, e in self.evaluations.items():
             figures = (f"{_base(e):.3g}", signed(e.difference), str(e.win_rate), signed(self.gaps.get(name)))
-            ratio = self.perplexity[name]
-            rows.append((name, f"{self.prompts[name]}", *figures, f"{ratio.estimate:.2f}", f"{e.kl.estimate:.2f}"))
+            ratio, broken = self.perplexity[name], self.ledgers[name]["any"]
+            failed = f"{100 * broken.steered.estimate:.0f}% ({100 * broken.base.estimate:.0f}%)"
+            rows.append(
+                (name, f"{self.prompts[name]}", *figures, f"{ratio.estimate:.2f}", f"{e.kl.estimate:.2f}", failed)
+            )
         return rows
 
     def verdict(self) -> str:
@@ -89,6 +107,9 @@ class OutOfDistribution(Shown):
                 text += f" The effect is {what} than in {self.reference} in {', '.join(names)}."
         if not weaker and not stronger and self.gaps:
             text += f" No group's effect is shown to differ from that in {self.reference}."
+        for name, ledger in self.ledgers.items():
+            more = [f.kind for f in ledger.kinds if f.difference.low > 0 and f.kind != "any"]
+            text += f" In {name} there is more of: {', '.join(more)}." if more else ""
         return text
 
 
@@ -138,7 +159,7 @@ def out_of_distribution(
             f"the group {small[0]!r} has one prompt; give two or more, a dozen for an interval worth having"
         )
     plan, judge = resolve(model, plan), bound_ranker(ranker, model)
-    evaluations, ratios, changes = {}, {}, {}
+    evaluations, ratios, ledgers, changes = {}, {}, {}, {}
     with Progress(2 * samples * sum(map(len, texts.values())), show=progress) as bar:
         for name, prompts in texts.items():
             bar.phase(name)
@@ -146,12 +167,14 @@ def out_of_distribution(
             ours, theirs = ranked(judge, prompts, steered, base)
             evaluations[name] = evaluate(ours, theirs, seed=seed)
             ratios[name] = perplexity_ratio(ours, theirs, seed=seed)
+            ledgers[name] = failures(ours, theirs, prompts, seed=seed)
             changes[name] = score_changes(ours, theirs)
     reference, *others = changes
     return OutOfDistribution(
         ranker=judge.name,
         evaluations=evaluations,
         perplexity=ratios,
+        ledgers=ledgers,
         gaps={name: difference_of_means(changes[name], changes[reference], seed=seed) for name in others},
         prompts={name: len(prompts) for name, prompts in texts.items()},
         samples=samples,
