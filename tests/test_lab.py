@@ -450,10 +450,21 @@ class TestFailures:
             "any": ((0, 0), (0, 1), (1, 0), (1, 1)),
         }
         assert found["loop"].steered.estimate == 0.25 and found["any"].difference.estimate == 1.0
+        assert found.more == [] and found["any"].p > 0.05  # two prompts show nothing
         assert found["any"].base.estimate == 0.0 and found["any"].count == 4
         assert "language switch" in shown(found)
         with pytest.raises(ConfigError, match="no kind of failure 'boredom'"):
             found["boredom"]
+
+    def test_what_is_shown_to_be_more_frequent(self) -> None:
+        prompts = [f"What is {k}?" for k in range(16)]
+        base = [self.sample(k, 0, "It is so.") for k in range(16)]
+        steered = [self.sample(k, 0, "I cannot help with it." if k < 12 else "It is so.") for k in range(16)]
+        found, turned = lab.failures(steered, base, prompts), lab.failures(base, steered, prompts)
+        assert found.more == ["refusal"] and found.less == [] and "more frequent" in found.verdict()
+        assert turned.less == ["refusal"] and "less frequent: refusal" in turned.verdict()
+        few = lab.failures([*steered[:4], *base[4:]], base, prompts)
+        assert few.more == [] and few["refusal"].difference.low > 0  # the interval alone would say so
 
     def test_of_a_run(self, run: sims.Run) -> None:
         found = lab.failures(run)

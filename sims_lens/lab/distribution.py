@@ -108,8 +108,7 @@ class OutOfDistribution(Shown):
         if not weaker and not stronger and self.gaps:
             text += f" No group's effect is shown to differ from that in {self.reference}."
         for name, ledger in self.ledgers.items():
-            more = [f.kind for f in ledger.kinds if f.difference.low > 0 and f.kind != "any"]
-            text += f" In {name} there is more of: {', '.join(more)}." if more else ""
+            text += f" In {name} there is more of: {', '.join(ledger.more)}." if ledger.more else ""
         return text
 
 

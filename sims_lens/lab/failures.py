@@ -17,7 +17,7 @@ from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError
 from sims_lens.lab.shown import Shown, columns, rate, rate_difference, share, signed
 from sims_lens.run import Run
-from sims_lens.stats import Interval
+from sims_lens.stats import CONFIDENCE, Interval, holm, sign_flip_p
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,6 +83,7 @@ class Failure:
         steered: share of steered responses that have it; over prompts.
         base: the same of the base model's.
         difference: steered less base, paired by prompt.
+        p: of no difference, by sign flips over prompts; not adjusted for the number of kinds.
         examples: ``(prompt, draw)`` of the steered responses that have it.
     """
 
@@ -92,6 +93,7 @@ class Failure:
     steered: Interval
     base: Interval
     difference: Interval
+    p: float
     examples: tuple[tuple[int, int], ...]
 
 
@@ -109,6 +111,26 @@ class FailureLedger(Shown):
     responses: int
     prompts: int
 
+    @property
+    def more(self) -> list[str]:
+        """Kinds that are shown to be more frequent than in the base model's responses: p below 0.05, adjusted for the
+        number of kinds (Holm). An interval alone says so too easily of events as rare as these."""
+        return self._shown(1.0)
+
+    @property
+    def less(self) -> list[str]:
+        """Kinds that are shown to be less frequent."""
+        return self._shown(-1.0)
+
+    def _shown(self, sign: float) -> list[str]:
+        single = [f for f in self.kinds if f.kind != "any"]
+        adjusted = holm([f.p for f in single])
+        return [
+            f.kind
+            for f, p in zip(single, adjusted, strict=True)
+            if p < 1 - CONFIDENCE and sign * f.difference.estimate > 0
+        ]
+
     def __getitem__(self, kind: str) -> Failure:
         for failure in self.kinds:
             if failure.kind == kind:
@@ -122,7 +144,7 @@ class FailureLedger(Shown):
         rows = []
         for f in self.kinds:
             row: dict[str, Any] = {"kind": f.kind, "count": f.count}
-            rows.append(row | columns(steered=f.steered, base=f.base, difference=f.difference))
+            rows.append(row | columns(steered=f.steered, base=f.base, difference=f.difference) | {"p": f.p})
         return pd.DataFrame(rows).set_index("kind")
 
     def head(self) -> str:
@@ -132,17 +154,16 @@ class FailureLedger(Shown):
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text."""
         rows: list[tuple[str, ...]] = [
-            ("kind", "count", "steered [95%]", "base [95%]", "difference, points [95%]", "what it is")
+            ("kind", "count", "steered [95%]", "base [95%]", "difference, points [95%]", "p", "what it is")
         ]
         for f in self.kinds:
             points = signed(Interval(*(100 * v for v in f.difference.to_json())))
-            rows.append((f.kind, f"{f.count}", share(f.steered), share(f.base), points, f.meaning))
+            rows.append((f.kind, f"{f.count}", share(f.steered), share(f.base), points, f"{f.p:.2g}", f.meaning))
         return rows
 
     def verdict(self) -> str:
         """Which kinds are shown to have become more frequent, or less."""
-        more = [f.kind for f in self.kinds if f.difference.low > 0 and f.kind != "any"]
-        less = [f.kind for f in self.kinds if f.difference.high < 0 and f.kind != "any"]
+        more, less = self.more, self.less
         if not more and not less:
             return "No kind of failure is shown to be more or less frequent than in the base model's responses."
         parts = [f"more frequent than in the base model's responses: {', '.join(more)}"] if more else []
@@ -280,6 +301,7 @@ def _counted(
         steered=rate(steered, seed=seed),
         base=rate(base, seed=seed),
         difference=rate_difference(steered - base, seed=seed),
+        p=sign_flip_p(steered - base, seed=seed),
         examples=tuple(
             (s.prompt, s.draw)
             for g, marks in zip(groups, ours, strict=True)
