@@ -359,25 +359,32 @@ def failures(result: FailureLedger) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.failures`.
     """
-    kinds = result.kinds[::-1]
-    figure = titled(
-        go.Figure(),
+    panels = [[f for f in result.kinds[::-1] if (f.kind == "no EOS") is cut] for cut in (False, True)]
+    figure = make_subplots(rows=2, cols=1, row_heights=[len(panels[0]), 1.4], vertical_spacing=0.16)
+    titled(
+        figure,
         "What goes wrong, by kind",
         f"Share of {result.responses} responses to {result.prompts} prompts; 95% intervals over prompts.",
-        height=170 + 48 * len(kinds),
+        height=240 + 46 * len(result.kinds),
     )
-    for key, label, colour in (("steered", "steered", ORANGE), ("base", "base model", BLUE)):
-        shown = [getattr(f, key) for f in kinds]
-        figure.add_bar(
-            y=[f.kind for f in kinds],
-            x=[i.estimate for i in shown],
-            error_x=error_bars(shown, width=4) | {"color": TEXT},
-            orientation="h",
-            marker={"color": colour, "opacity": 0.85},
-            name=label,
-            hovertemplate=f"%{{y}}, {label}: %{{x:.1%}}<extra></extra>",
-        )
-    figure.update_xaxes(title_text="share of responses", tickformat=".0%", rangemode="tozero")
+    for row, kinds in enumerate(panels, start=1):
+        for key, label, colour in (("steered", "steered", ORANGE), ("base", "base model", BLUE)):
+            shown = [getattr(f, key) for f in kinds]
+            figure.add_bar(
+                y=[f.kind for f in kinds],
+                x=[i.estimate for i in shown],
+                error_x=error_bars(shown, width=4) | {"color": TEXT},
+                orientation="h",
+                marker={"color": colour, "opacity": 0.85},
+                name=label,
+                legendgroup=key,
+                showlegend=row == 1,
+                hovertemplate=f"%{{y}}, {label}: %{{x:.1%}}<extra></extra>",
+                row=row,
+                col=1,
+            )
+        figure.update_xaxes(tickformat=".0%", rangemode="tozero", row=row, col=1)
+    figure.update_xaxes(title_text="share of responses", row=2, col=1)
     return figure.update_layout(barmode="group", legend={"traceorder": "reversed"}, margin={"b": 96})
 
 
