@@ -94,13 +94,11 @@ def main() -> None:
     print(f"\n## The run\n\n{run.verdict()}")
     told("run", start)
     experiments = {
-        "noise": ("Oracle noise", lambda: lab.oracle_noise(model, run, ranker=ease, progress=False)),
+        "noise": ("Oracle noise", lambda: lab.oracle_noise(model, run, ranker=ease, fits=3, progress=False)),
         "negatives": ("Mistaken negatives", lambda: lab.oracle_noise(model, run, flip="negatives", progress=False)),
         "poison": (
             "Poisoned negatives",
-            lambda: lab.poisoned_negatives(
-                model, run, shares=(0.0, 0.25, 0.5, 0.75, 1.0), ranker=ease, effect_at=(0.5, 1.0), progress=False
-            ),
+            lambda: lab.poisoned_negatives(model, run, ranker=ease, effect_at=(0.5, 1.0), progress=False),
         ),
         "misled": (
             "Wrong oracles",

@@ -149,6 +149,7 @@ class TestCorruptedPairs:
         clean, turned = found.effects
         assert clean.difference.estimate == pytest.approx(run.iterations[0].evaluation.difference.estimate)
         assert turned.each != clean.each and len(clean.each) == 1 and len(turned.each) == 2
+        assert clean.cosines == pytest.approx([1.0]) and turned.cosines == pytest.approx([-1.0, -1.0])
         assert "Labels flipped" in shown(found) and "held-out prompts" in found.verdict()
         table = found.table()
         assert table.loc[0.0, "effect"] == clean.difference.estimate and np.isnan(table.loc[0.5, "effect"])
@@ -222,6 +223,7 @@ class TestMisled:
         honest, turned, _ = found.runs.values()
         for i in honest.iterations:
             assert i.proxy.difference == i.honest.difference
+            assert i.asked_honest == i.action  # the effect that it looked at is the honest one
         for i in turned.iterations:
             assert i.proxy.difference.estimate == pytest.approx(-i.honest.difference.estimate)
         assert sims.open_run(honest.path).ranker == "vowels"

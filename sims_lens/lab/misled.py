@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sims_lens.config import SIMSConfig
 from sims_lens.errors import ConfigError
 from sims_lens.evaluate import Effect
+from sims_lens.guard import decide
 from sims_lens.hooks import check_unsteered
 from sims_lens.lab.oracles import LengthBiased, Loophole, Noisy, Reversed
 from sims_lens.lab.shown import Shown, columns, relation, signed
@@ -33,6 +34,7 @@ class MisledIteration:
         honest: effect by the honest ranker.
         action: what the guard decided: "accept", "go on", "roll back", or "off".
         reason: why.
+        asked_honest: what it would have decided had it looked at the effect by the honest ranker; "off" as before.
         kept: whether the loop went on from it.
     """
 
@@ -41,6 +43,7 @@ class MisledIteration:
     honest: Effect
     action: str
     reason: str
+    asked_honest: str
     kept: bool
 
 
@@ -115,7 +118,8 @@ class Misled(Shown):
                 row: dict[str, Any] = {"oracle": name, "iteration": i.index}
                 row |= columns(proxy=i.proxy.difference, proxy_win_rate=i.proxy.win_rate)
                 row |= columns(honest=i.honest.difference, honest_win_rate=i.honest.win_rate)
-                rows.append(row | {"guard": i.action, "kept": i.kept, "chosen": i.index == run.chosen})
+                row |= {"guard": i.action, "guard_by_honest": i.asked_honest}
+                rows.append(row | {"kept": i.kept, "chosen": i.index == run.chosen})
         return pd.DataFrame(rows).set_index(["oracle", "iteration"])
 
     def head(self) -> str:
@@ -125,13 +129,21 @@ class Misled(Shown):
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text."""
         rows: list[tuple[str, ...]] = [
-            ("oracle", "iteration", "effect by the oracle [95%]", f"by {self.honest} [95%]", "win rate", "guard")
+            (
+                "oracle",
+                "iteration",
+                "effect by the oracle [95%]",
+                f"by {self.honest} [95%]",
+                "win rate",
+                "guard",
+                "had it asked",
+            )
         ]
         for name, run in self.runs.items():
             for i in run.iterations:
                 chosen = " (the run's plan)" if i.index == run.chosen else ""
                 effects = (signed(i.proxy.difference), signed(i.honest.difference), str(i.honest.win_rate))
-                rows.append((name, f"{i.index}", *effects, f"{i.action}{chosen}"))
+                rows.append((name, f"{i.index}", *effects, f"{i.action}{chosen}", i.asked_honest))
         return rows
 
     def verdict(self) -> str:
@@ -150,6 +162,8 @@ class Misled(Shown):
             "nothing": "the oracle's score is not shown to rise",
         }[run.outcome]
         proxy, honest = run.final.proxy.difference, run.final.honest.difference
+        if run.final.asked_honest == "roll back":
+            guard += " Had it looked at the honest score, it would have rolled the plan back."
         return f"{name}: {said} (by the oracle {signed(proxy)}, by {self.honest} {signed(honest)}).{guard}"
 
 
@@ -251,14 +265,20 @@ def wrong_oracles(ranker: object, *, spread: float, seed: int = 0) -> dict[str, 
 def _of_run(run: Run) -> MisledRun:
     iterations = []
     for i in run.iterations:
-        assert i.evaluation.independent is not None
+        honest = i.evaluation.independent
+        assert honest is not None
+        asked = "off"
+        if i.decision is not None:
+            checks = replace(i.decision.checks, effect=honest.difference, gain=None)
+            asked = decide(checks, run.config.guard, tries=run.config.guard.shrinks + 1).action
         iterations.append(
             MisledIteration(
                 index=i.index,
                 proxy=i.evaluation,
-                honest=i.evaluation.independent,
+                honest=honest,
                 action="off" if i.decision is None else i.decision.action,
                 reason="" if i.decision is None else i.decision.reason,
+                asked_honest=asked,
                 kept=i.kept,
             )
         )

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Of wrong labels: at a half nothing is left."""
+
+WHOLE = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of negatives that are replaced."""
 
 _WHAT = {
     "flips": "labels flipped",
@@ -54,7 +58,9 @@ class CorruptedEffect:
             does not cover which pairs were corrupted.
         win_rate: probability that a steered response scores higher than a base response, ties half.
         nll: see :class:`~sims_lens.data.Sample`.
-        each: the difference of each corruption.
+        each: the difference of each corruption. Where few pairs are right it is what a random direction does: compare
+            it with the run's null band.
+        cosines: of each corruption's direction with the clean one.
     """
 
     epsilon: float
@@ -62,6 +68,7 @@ class CorruptedEffect:
     win_rate: Interval
     nll: Interval
     each: tuple[float, ...]
+    cosines: tuple[float, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,14 +119,19 @@ class CorruptedPairs(Shown):
         """The table as text."""
         c, found = self.curve, {e.epsilon: e for e in self.effects}
         head = ["share", "cosine, same pairs [95%]", "theory", "cosine, other half [95%]", "theory"]
-        head += ["projection [95%]", "theory", *(["effect [95%]", "win rate", "NLL"] if found else [])]
+        head += ["projection [95%]", "theory", *(["effect [95%]", "each fit (cosine)", "NLL"] if found else [])]
         rows = [tuple(head)]
         for k, epsilon in enumerate(c.epsilons):
             row = [f"{epsilon:g}", signed(c.cosine[k]), f"{c.expected_cosine[k]:+.3f}", signed(c.independent[k])]
             row += [f"{c.expected_independent[k]:+.3f}", signed(c.projection[k]), f"{c.expected_projection[k]:+.3g}"]
             if found:
                 e = found.get(epsilon)
-                row += ["", "", ""] if e is None else [signed(e.difference), str(e.win_rate), f"{e.nll.estimate:.2f}"]
+                each = (
+                    ""
+                    if e is None
+                    else ", ".join(f"{v:+.3g} ({c:.2f})" for v, c in zip(e.each, e.cosines, strict=True))
+                )
+                row += ["", "", ""] if e is None else [signed(e.difference), each, f"{e.nll.estimate:.2f}"]
             rows.append(tuple(row))
         return rows
 
@@ -156,7 +168,7 @@ def oracle_noise(
     model: Any,
     source: Run | Sequence[tuple[str, str, str]],
     *,
-    epsilons: Sequence[float] = SHARES,
+    epsilons: Sequence[float] | None = None,
     flip: str = "all",
     repeats: int = 400,
     layer: int | None = None,
@@ -180,7 +192,7 @@ def oracle_noise(
         model: the one that the run was made on.
         source: a run: the pairs of its first iteration, of each prompt the one of largest margin. Or pairs of texts,
             ``(prompt, better, worse)``, for ``flip="all"`` without effects.
-        epsilons: probabilities that a pair is wrong, rising.
+        epsilons: probabilities that a pair is wrong, rising; by default 0 to 0.5, of negatives only 0 to 1.
         flip: "all" or "negatives".
         repeats: random halves and errors, for cosines and break-even.
         layer: where; the run's first steered layer by default, or 60% of the depth.
@@ -214,7 +226,7 @@ def oracle_noise(
         found,
         corrupted,
         kind="flips" if flip == "all" else "negatives",
-        epsilons=epsilons,
+        epsilons=(SHARES if flip == "all" else WHOLE) if epsilons is None else epsilons,
         repeats=repeats,
         ranker=ranker,
         effect_at=effect_at,
@@ -230,11 +242,11 @@ def poisoned_negatives(
     source: Run | Sequence[tuple[str, str, str]],
     *,
     texts: Sequence[str] | None = None,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float] = WHOLE,
     repeats: int = 400,
     layer: int | None = None,
     ranker: object | None = None,
-    effect_at: Sequence[float] = (0.0, 0.3, 0.5),
+    effect_at: Sequence[float] = (0.0, 0.5, 1.0),
     fits: int = 2,
     heldout: int | None = None,
     seed: int = 0,
@@ -423,12 +435,15 @@ class _Bench:
     ) -> CorruptedEffect:
         """The mean effect of some fits to corrupted pairs; of one where nothing is random."""
         rng = np.random.default_rng(derive_seed(self.seed, "effect"))  # the same luck at every share
-        changes, wins, nll = [], [], []
+        changes, wins, nll, cosines = [], [], [], []
+        real = torch.tensor(clean.mean(0), dtype=torch.float32)
         for k in range(fits if epsilon > 0 else 1):
             self.bar.phase(f"{epsilon:g} of the pairs corrupted, fit {k + 1}")
             luck, choice = rng.random(len(clean)), rng.random(len(clean))
-            direction = corrupt(clean, corrupted, luck < epsilon, choice).mean(0)
-            steered = self._draw(self._plan(torch.tensor(direction, dtype=torch.float32)))
+            rows = corrupt(clean, corrupted, luck < epsilon, choice)
+            direction = torch.tensor(rows.mean(0), dtype=torch.float32)
+            cosines.append(float(torch.cosine_similarity(direction, real, dim=0)))
+            steered = self._draw(self._plan(direction))
             ours, theirs = ranked(self.judge, self.prompts, steered, self.base)
             changes.append(score_changes(ours, theirs))
             paired = zip(by_prompt(ours), by_prompt(theirs), strict=True)
@@ -440,6 +455,7 @@ class _Bench:
             win_rate=bootstrap_mean(np.mean(wins, axis=0), seed=self.seed),
             nll=bootstrap_mean(np.mean(nll, axis=0), seed=self.seed),
             each=tuple(float(c.mean()) for c in changes),
+            cosines=tuple(cosines),
         )
 
     def _plan(self, direction: Float[Tensor, " d_model"]) -> SteeringPlan:

@@ -133,7 +133,8 @@ def _corrupted_effects(figure: go.Figure, result: CorruptedPairs) -> None:
         mode="markers",
         marker={"color": GREEN, "size": 5, "symbol": "line-ew-open"},
         name="each fit",
-        hovertemplate="one fit at %{x:g}: %{y:+.3g}<extra></extra>",
+        customdata=[cosine for e in effects for cosine in e.cosines],
+        hovertemplate="one fit at %{x:g}: %{y:+.3g}, cosine %{customdata:.2f}<extra></extra>",
         row=1,
         col=3,
     )
