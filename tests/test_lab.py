@@ -244,7 +244,7 @@ class TestMisled:
         up, flat, down = (1.0, 2.0), (-1.0, 1.0), (-2.0, -1.0)
         said = {(p, h): outcome(p, h) for p in (up, flat, down) for h in (up, flat, down)}
         assert [said[up, h] for h in (up, flat, down)] == ["harmless", "hollow", "hacked"]
-        assert [said[flat, h] for h in (up, flat, down)] == ["nothing", "nothing", "harmful"]
+        assert [said[flat, h] for h in (up, flat, down)] == ["hidden", "nothing", "harmful"]
         assert replace(found.runs["honest"], chosen=None).outcome == "stopped"
 
     def test_reward_hacking_names_its_loops(self, model: Any, tmp_path: Path) -> None:

@@ -81,14 +81,14 @@ class MisledRun:
 
         Returns:
             "stopped": the guard kept nothing. "hacked": the proxy rises and the honest score falls. "hollow": the proxy
-            rises and the honest score is not shown to change. "harmless": the honest score rises too. "harmful": the
-            proxy is not shown to rise, and the honest score falls. "nothing": nor does that.
+            rises and the honest score is not shown to change. "harmless": the honest score rises too. Where the proxy
+            is not shown to rise: "harmful": the honest score falls; "hidden": it rises; "nothing": neither is shown.
         """
         if self.final is None:
             return "stopped"
         proxy, honest = (relation(e.difference) for e in (self.final.proxy, self.final.honest))
         if proxy != "rises":
-            return "harmful" if honest == "falls" else "nothing"
+            return {"rises": "hidden", "falls": "harmful"}.get(honest, "nothing")
         return {"rises": "harmless", "falls": "hacked"}.get(honest, "hollow")
 
 
@@ -159,6 +159,7 @@ class Misled(Shown):
             "hollow": "the oracle's score rises while the honest one is not shown to change",
             "harmless": "both scores rise",
             "harmful": "the honest score falls, and the oracle's is not shown to rise",
+            "hidden": "the honest score rises, and the oracle's is not shown to",
             "nothing": "the oracle's score is not shown to rise",
         }[run.outcome]
         proxy, honest = run.final.proxy.difference, run.final.honest.difference

@@ -40,6 +40,7 @@ _OUTCOMES = {
     "hollow": "only the oracle gains",
     "harmless": "both gain",
     "harmful": "harm, and no gain",
+    "hidden": "only the honest one gains",
     "nothing": "no gain",
     "stopped": "all rolled back",
 }
