@@ -105,7 +105,7 @@ def main() -> None:
             lambda: lab.misled(
                 model,
                 sims.everyday(HACKED),
-                lab.wrong_oracles(ease, spread=SPREAD),
+                lab.wrong_oracles(ease, spread=SPREAD) | {"commas": lab.Loophole(ease, ",", 2 * SPREAD)},
                 honest=ease,
                 config=replace(config(2), ranking=sims.RankingConfig(audit="report")),
                 out=folder / "misled",
