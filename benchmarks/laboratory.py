@@ -29,6 +29,11 @@ def config(iterations: int) -> sims.SIMSConfig:
     )
 
 
+def long_words(text: str) -> float:
+    """Words of nine letters or more: a loophole for a judge that takes them for learning."""
+    return float(sum(len(word.strip(".,;:!?")) >= 9 for word in text.split()))
+
+
 def planted(datasets: int) -> str:
     """How often the interval of break-even holds the true one, and what theory and measurement are on average."""
     rng = np.random.default_rng(0)
@@ -105,7 +110,7 @@ def main() -> None:
             lambda: lab.misled(
                 model,
                 sims.everyday(HACKED),
-                lab.wrong_oracles(ease, spread=SPREAD) | {"commas": lab.Loophole(ease, ",", 2 * SPREAD)},
+                lab.wrong_oracles(ease, spread=SPREAD) | {"long words": lab.Loophole(ease, long_words, 2 * SPREAD)},
                 honest=ease,
                 config=replace(config(2), ranking=sims.RankingConfig(audit="report")),
                 out=folder / "misled",
