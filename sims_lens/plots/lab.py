@@ -107,7 +107,9 @@ def corrupted_pairs(result: CorruptedPairs) -> go.Figure:
     if result.effects:
         _corrupted_effects(figure, result)
     for column in range(1, panels + 1):
-        figure.update_xaxes(title_text=f"share of {axis}", row=1, col=column)
+        room = 0.06 * (curve.epsilons[-1] - curve.epsilons[0])
+        span = [curve.epsilons[0] - room, curve.epsilons[-1] + room]
+        figure.update_xaxes(title_text=f"share of {axis}", range=span, row=1, col=column)
         figure.add_hline(y=0, line={"color": TEXT, "width": 1}, row=1, col=column)
     figure.update_yaxes(title_text="cosine", row=1, col=1)
     figure.update_yaxes(title_text="units of the residual stream", row=1, col=2)
