@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sims_lens import analysis, export, plots, widgets
+    from sims_lens import analysis, export, lab, plots, widgets
     from sims_lens.activations import capture, capture_moments, capture_tokens, residual_norms
     from sims_lens.adapter import restride
     from sims_lens.analysis import (
@@ -138,6 +138,7 @@ _HOME = {
     "model_card": "hub",
     "push_to_hub": "hub",
     "improve": "loop",
+    "lab": "lab",
     "load": "models",
     "SteeringPlan": "plan",
     "plots": "plots",
@@ -173,7 +174,7 @@ _HOME = {
     "widgets": "widgets",
 }
 
-_NAMESPACES = ("analysis", "export", "plots", "widgets")
+_NAMESPACES = ("analysis", "export", "lab", "plots", "widgets")
 """Public names that are modules: ``sims.plots.win_rate(run)``."""
 
 __all__ = [
@@ -244,6 +245,7 @@ __all__ = [
     "from_hub",
     "improve",
     "interaction",
+    "lab",
     "layer_sweep",
     "leave_one_out",
     "lm_eval_model",

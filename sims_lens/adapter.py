@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sims_lens.cost import Arithmetic
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.plan import Provenance
+from sims_lens.prompts import Chat
 from sims_lens.sites import hook_name
 
 _SENTINEL = "sims-lens-user-content"
@@ -105,11 +106,13 @@ class Adapter(ABC):
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt: in the chat template, once, for an instruct model; else with a BOS where
         TransformerLens would prepend one. Special tokens written out in a prompt stay plain text: they never
-        become turns.
+        become turns. A :class:`~sims_lens.prompts.Chat` becomes a turn for each thing that was said in it.
 
         Raises:
-            PromptError: nothing is left after tokenization.
+            PromptError: nothing is left after tokenization, or a chat is given to a model without a chat template.
         """
+        if isinstance(prompt, Chat):
+            return self._encode_chat(prompt)
         tokenizer = self.tokenizer
         hostile = any(token in prompt for token in self._special.values())
         if getattr(tokenizer, "chat_template", None):
@@ -126,6 +129,25 @@ class Adapter(ABC):
         if not ids:
             raise PromptError(f"prompt {prompt[:60]!r} has no tokens for {self.name}")
         return ids
+
+    def _encode_chat(self, chat: Chat) -> list[int]:
+        """Token ids of a conversation. What was said goes in as plain text, so that it can't write turns of its own."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise PromptError(f"{self.name} has no chat template, so that it can't be given a chat; use a chat model")
+        turns = chat.turns
+
+        def rendered(turns: list[dict[str, str]]) -> str:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+        if not any(token in turn["content"] for turn in turns for token in self._special.values()):
+            return self._ids(rendered(turns))
+        names = [f"{_SENTINEL}-{index}-end" for index in range(len(turns))]
+        text = rendered([{**turn, "content": name} for turn, name in zip(turns, names, strict=True)])
+        ids: list[int] = []
+        for name, turn in zip(names, turns, strict=True):
+            before, _, text = text.partition(name)
+            ids += [*self._ids(before), *self._ids(turn["content"], plain=True)]
+        return [*ids, *self._ids(text)]
 
     def encode_response(self, response: str) -> list[int]:
         """Token ids of a response that is given as text: tokenised on its own, as it comes after the prompt's tokens.

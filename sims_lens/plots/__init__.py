@@ -20,6 +20,7 @@ from sims_lens.plots.geometry import (
     trajectory,
 )
 from sims_lens.plots.interactions import interaction
+from sims_lens.plots.lab import corrupted_pairs, failures, misled, multi_turn, out_of_distribution, steerability
 from sims_lens.plots.overview import figures
 from sims_lens.plots.readouts import readout, readout_drift, readout_layers, readout_measured
 from sims_lens.plots.run import effect, iteration_similarity, layer_similarity, side_effects, vector_norms, win_rate
@@ -36,9 +37,11 @@ __all__ = [
     "capability",
     "comparison",
     "component_effects",
+    "corrupted_pairs",
     "direction_readers",
     "directional_ablation",
     "effect",
+    "failures",
     "figures",
     "frontier",
     "interaction",
@@ -47,7 +50,10 @@ __all__ = [
     "layer_sweep",
     "leave_one_out",
     "logit_attribution",
+    "misled",
+    "multi_turn",
     "norm_profile",
+    "out_of_distribution",
     "pair_selection",
     "projection_profile",
     "readout",
@@ -61,6 +67,7 @@ __all__ = [
     "similarity",
     "similarity_profile",
     "slider",
+    "steerability",
     "token_heatmap",
     "trajectory",
     "vector_norms",

@@ -19,6 +19,7 @@ from sims_lens.calibration import Calibration
 from sims_lens.comparison import Comparison
 from sims_lens.errors import SimsError
 from sims_lens.harness import Capability
+from sims_lens.lab import CorruptedPairs, FailureLedger, Misled, MultiTurn, OutOfDistribution, Steerability
 from sims_lens.plots.ablation import directional_ablation, leave_one_out, logit_attribution
 from sims_lens.plots.audit import reliability_card
 from sims_lens.plots.calibration import calibration
@@ -27,6 +28,7 @@ from sims_lens.plots.circuits import attribution_check, component_effects, direc
 from sims_lens.plots.comparison import comparison
 from sims_lens.plots.geometry import norm_profile, projection_profile, shared_subspace, similarity, similarity_profile
 from sims_lens.plots.interactions import interaction
+from sims_lens.plots.lab import corrupted_pairs, failures, misled, multi_turn, out_of_distribution, steerability
 from sims_lens.plots.readouts import readout, readout_drift, readout_layers, readout_measured
 from sims_lens.plots.run import effect, iteration_similarity, layer_similarity, side_effects, vector_norms, win_rate
 from sims_lens.plots.sweep import frontier, layer_sweep
@@ -50,6 +52,12 @@ _FIGURES: dict[type, tuple[Callable[[Any], go.Figure], ...]] = {
     ComponentEffects: (component_effects, attribution_check),
     DirectionReaders: (direction_readers, attribution_check),
     LogitAttribution: (logit_attribution,),
+    CorruptedPairs: (corrupted_pairs,),
+    Misled: (misled,),
+    OutOfDistribution: (out_of_distribution,),
+    MultiTurn: (multi_turn,),
+    Steerability: (steerability,),
+    FailureLedger: (failures,),
 }
 
 

@@ -10,10 +10,24 @@ from typing import Final
 
 from sims_lens.errors import PromptError
 
-__all__ = ["PROMPT_KEYS", "check_prompts", "everyday", "quote", "read_prompts", "tone_pairs"]
+__all__ = [
+    "GROUPS",
+    "PROMPT_KEYS",
+    "Chat",
+    "check_prompts",
+    "conversations",
+    "everyday",
+    "group",
+    "quote",
+    "read_prompts",
+    "tone_pairs",
+]
 
 PROMPT_KEYS: Final = ("prompt", "text", "instruction", "question")
 """The keys of an object, or the columns of a table, that can hold a prompt; the first that is there is taken."""
+
+GROUPS: Final = ("code_and_maths", "very_short", "other_languages")
+"""Names for :func:`group`."""
 
 _KEYS: Final = "one of " + ", ".join(f'"{key}"' for key in PROMPT_KEYS)
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -146,6 +160,86 @@ def tone_pairs(n: int | None = None) -> list[tuple[str, str, str]]:
         raise PromptError(f"n = {n} is not in 1..{len(lines)}, the number of tone pairs")
     pairs = [json.loads(line) for line in lines[:n]]
     return [(pair["prompt"], pair["positive"], pair["negative"]) for pair in pairs]
+
+
+def group(name: str) -> list[str]:
+    """Give a group of prompts that comes with the package, unlike the everyday ones; 14 each.
+
+    Args:
+        name: "code_and_maths", "very_short", or "other_languages" (German, French, Spanish, Italian).
+
+    Returns:
+        The prompts, in a new list.
+
+    Raises:
+        PromptError: there is no such group.
+    """
+    if name not in GROUPS:
+        raise PromptError(f"there is no group of prompts {name!r}; there are {', '.join(GROUPS)}")
+    return files(__name__).joinpath("groups", f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def conversations(n: int | None = None) -> list[tuple[str, ...]]:
+    """Give the conversations that come with the package: what a user says in three turns that fit whatever is answered.
+
+    Args:
+        n: how many, from the first; all 14 if None.
+
+    Raises:
+        PromptError: ``n`` is less than 1 or more than there are.
+    """
+    lines = files(__name__).joinpath("conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    if n is not None and not 1 <= n <= len(lines):
+        raise PromptError(f"n = {n} is not in 1..{len(lines)}, the number of conversations")
+    return [tuple(json.loads(line)) for line in lines[:n]]
+
+
+class Chat(str):
+    """A prompt that is a conversation so far: what the user said, what was answered, and what the user says now.
+
+    It can be given wherever a prompt is encoded, and then is the whole chat in the model's template. As a string it is
+    what the *user* said, turn by turn: rankers are shown that, and two chats that differ in their answers only are
+    sampled with the same random numbers.
+
+    Args:
+        user: what the user says, turn by turn.
+        answers: to all but the last.
+
+    Raises:
+        PromptError: a turn is blank, or there is not one answer for each turn but the last.
+
+    >>> chat = Chat(["Hello.", "How are you?"], ["Hi!"])
+    >>> [turn["role"] for turn in chat.turns], chat.count("Hi!")
+    (['user', 'assistant', 'user'], 0)
+    """
+
+    user: tuple[str, ...]
+    answers: tuple[str, ...]
+
+    def __new__(cls, user: Sequence[str], answers: Sequence[str] = ()) -> "Chat":
+        """See the class."""
+        if isinstance(user, str) or not user:
+            raise PromptError(f"a chat is a list of what the user says, turn by turn; got {quote(repr(user))}")
+        for turn in user:
+            if problem := _problem(turn):
+                raise PromptError(f"a turn of the chat {problem}")
+        if len(answers) != len(user) - 1:
+            raise PromptError(
+                f"a chat has an answer to each turn but the last; got {len(answers)} to {len(user)} turns"
+            )
+        made = super().__new__(cls, "\n\n".join(user))
+        made.user, made.answers = tuple(user), tuple(answers)
+        return made
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """As chat templates have them."""
+        turns = []
+        for said, answered in zip(self.user, (*self.answers, None), strict=True):
+            turns.append({"role": "user", "content": said})
+            if answered is not None:
+                turns.append({"role": "assistant", "content": answered})
+        return turns
 
 
 def _problem(prompt: str) -> str | None:
