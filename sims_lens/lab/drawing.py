@@ -7,11 +7,11 @@ from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import ConfigError
 from sims_lens.evaluate import side_effects
-from sims_lens.loop import rank_beside
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.rankers import CheckedRanker, rank
 from sims_lens.sampling import LocalSampler
+from sims_lens.workbench import rank_beside
 
 
 def draw(
