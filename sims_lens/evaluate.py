@@ -131,7 +131,7 @@ def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0
         perplexity=nll.map(math.exp),
         kl=over_prompts(lambda s: s.kl),
         kl_95=over_prompts(lambda s: s.kl_95) if any(s.kl_95 is not None for s in samples) else None,
-        distinct_2=distinct_ratio([[_ngrams(s.text, 2) for s in group] for group in groups]),
+        distinct_2=distinct_2(samples),
         repetition=over_prompts(lambda s: _repetition(s.text)),
         length=over_prompts(lambda s: len(s.tokens)),
         ended=over_prompts(lambda s: float(s.ended)),
@@ -155,6 +155,11 @@ def _effect(
         length_controlled=_length_controlled(groups, base_groups, paired, seed),
         p=sign_flip_p(differences, seed=seed),
     )
+
+
+def distinct_2(samples: Sequence[Sample]) -> Interval:
+    """Distinct word bigrams over all word bigrams of responses. It falls with their number."""
+    return distinct_ratio([[_ngrams(s.text, 2) for s in group] for group in by_prompt(samples)])
 
 
 def score_changes(samples: Sequence[Sample], base: Sequence[Sample]) -> Float[np.ndarray, " prompt"]:
@@ -286,4 +291,4 @@ def _repetition(text: str) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-__all__ = ["Effect", "Evaluation", "evaluate", "kl_divergence", "perplexity_ratio", "score_changes", "side_effects"]
+__all__ = ["Effect", "Evaluation", "distinct_2", "evaluate", "kl_divergence", "perplexity_ratio", "score_changes", "side_effects"]

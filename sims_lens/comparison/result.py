@@ -1,6 +1,7 @@
 """What a comparison found: a table, a verdict, one method held against another."""
 
 import html
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from sims_lens.cost import flops_text
 from sims_lens.errors import RunError
 from sims_lens.stats import Crossed, Interval, crossed_mean, null_band, win_probability
-from sims_lens.store import read_json, write_json
+from sims_lens.store import read_json, write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -298,7 +299,7 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """Write it as JSON; :func:`open_comparison` reads it."""
-        write_json(Path(path), self.to_json())
+        write_bytes(Path(path), json.dumps(self.to_json(), separators=(",", ":")).encode())
         return Path(path)
 
 

@@ -39,7 +39,7 @@ from sims_lens.config import GuardConfig, SIMSConfig
 from sims_lens.cost import Cost, forced_count
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError
-from sims_lens.evaluate import evaluate, score_changes
+from sims_lens.evaluate import distinct_2, evaluate, score_changes
 from sims_lens.guard import best_iteration
 from sims_lens.iteration import compose, fit_contrast
 from sims_lens.loop import improve
@@ -137,7 +137,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Measured:
-    """A method with one seed."""
+    """A method with one seed; of ``plans`` plans together, each with as many responses to a prompt."""
 
     family: str
     dose: str
@@ -146,6 +146,13 @@ class _Measured:
     learning: Spent
     answering: Spent
     norm: float = math.nan
+    plans: int = 1
+
+    def distinct_2(self) -> float:
+        """Averaged over plans: the more responses are looked at together, the more of what they say has been said."""
+        count = max(s.draw for s in self.samples) // self.plans + 1
+        parts = [[s for s in self.samples if s.draw // count == k] for k in range(self.plans)]
+        return float(np.mean([distinct_2(part).estimate for part in parts]))
 
 
 def _method(name: str, seeds: Sequence[_Measured]) -> Method:
@@ -189,7 +196,7 @@ def _method(name: str, seeds: Sequence[_Measured]) -> Method:
         nll=each(over(lambda s: s.nll if s.tokens else None)),
         scores=np.array([[[s.score for s in group] for group in by_prompt(m.samples)] for m in seeds], dtype=float),
         even=tuple(e.length_controlled.estimate if e.length_controlled else math.nan for e in evaluations),
-        distinct_2=tuple(e.distinct_2.estimate for e in evaluations),
+        distinct_2=tuple(m.distinct_2() for m in seeds),
         norm=tuple(m.norm for m in seeds),
         learning=sum((m.learning for m in seeds), Spent()) * (1 / count),
         answering=sum((m.answering for m in seeds), Spent()) * (1 / count),
@@ -390,7 +397,8 @@ class _Bench(Workbench):
         if not found:
             return {}
         answering = self.answering(found)
-        measured = _Measured("shuffled", "norm", found, base, loop.learning, answering, self.norm(run.plan))
+        norm, plans = self.norm(run.plan), len(run.controls)
+        measured = _Measured("shuffled", "norm", found, base, loop.learning, answering, norm, plans)
         return {"shuffled labels": measured}
 
     def steered(
