@@ -23,6 +23,7 @@ from sims_lens.estimators import unit
 from sims_lens.evaluate import score_changes
 from sims_lens.iteration import compose, fit_contrast
 from sims_lens.stats import crossed_mean, win_probability
+from sims_lens.store import RunStore
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.workbench import Workbench
 
@@ -30,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from evidence import ORACLES
 
 
-def weighted(model, run, t):
+def weighted(model, run, t, samples=None):
     """The covariance of score and activation within prompts: every response counts, by how far its score is from the
-    mean of its prompt's, in the standard deviation of all."""
-    samples = [s for s in run.samples(t, "train") if s.tokens]
+    mean of its prompt's. Of an iteration's responses, or of others that were drawn under the same plan."""
+    samples = [s for s in (run.samples(t, "train") if samples is None else samples) if s.tokens]
     adapter = sims.adapter.adapt(model)
     encoded = {s.prompt: adapter.encode(run.prompts[s.prompt]) for s in samples}
     with sims.steering(model, run.before(t)):
@@ -63,6 +64,7 @@ def variants(model, run):
     learnt = [i.vectors for i in run.iterations]
     halves = [i.tensors["split_half"].clamp(min=0)[:, None] for i in run.iterations]
     every = [weighted(model, run, i.index) for i in run.iterations]
+    pool = RunStore(run.path).folder("compared").read_samples("pool")
     last = unit(learnt[-1])
     before = unit(sum(unit(d) for d in learnt[:-1]))
     two = [contrasted(model, run, [t], 2) for t in turns]
@@ -72,6 +74,7 @@ def variants(model, run):
         "one pair a prompt of all iterations' responses": contrasted(model, run, turns, 1),
         "three pairs a prompt of all iterations' responses": contrasted(model, run, turns, 3),
         "six pairs a prompt of all iterations' responses": contrasted(model, run, turns, 6),
+        "one-shot, 12 responses a prompt, every one by its score": weighted(model, run, 1, pool),
         "iteration 1 only": learnt[0],
         "the last iteration only": learnt[-1],
         "sum, natural lengths": sum(learnt),
