@@ -22,8 +22,9 @@ from sims_lens.data import by_prompt
 from sims_lens.estimators import unit
 from sims_lens.evaluate import score_changes
 from sims_lens.iteration import compose, fit_contrast
+from sims_lens.sampling import Readings
 from sims_lens.stats import crossed_mean, win_probability
-from sims_lens.store import RunStore
+from sims_lens.store import RunStore, read_tensors
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.workbench import Workbench
 
@@ -31,59 +32,81 @@ sys.path.insert(0, str(Path(__file__).parent))
 from evidence import ORACLES
 
 
-def weighted(model, run, t, samples=None):
-    """The covariance of score and activation within prompts: every response counts, by how far its score is from the
-    mean of its prompt's. Of an iteration's responses, or of others that were drawn under the same plan."""
-    samples = [s for s in (run.samples(t, "train") if samples is None else samples) if s.tokens]
+class Read:
+    """Responses, and the stream over each of them, averaged over its tokens, under the plan that it was drawn under."""
+
+    def __init__(self, samples, means):
+        self.samples, self.means = [s for s in samples if s.tokens], means
+
+    def all_responses(self):
+        """The covariance of score and activation within prompts: every response counts, by how far its score is from
+        the mean of its prompt's."""
+        total = 0.0
+        for group in by_prompt(self.samples):
+            scores = np.array([s.score for s in group])
+            for s, weight in zip(group, scores - scores.mean(), strict=True):
+                total = total + float(weight) * self.means[s.prompt, s.draw]
+        return total
+
+    def pairs(self, per_prompt):
+        """The mean difference of the best and the worst."""
+        chosen = select_pairs(MemoryBank().add(self.samples, iteration=1), per_prompt=per_prompt).pairs
+        ends = [self.means[p.prompt, p.best.draw] - self.means[p.prompt, p.worst.draw] for p in chosen]
+        return torch.stack(ends).mean(0)
+
+
+def pool(run):
+    """The unsteered model's responses, as many as the loop has drawn in all; the first are those of iteration 1."""
+    folder = RunStore(run.path).folder("compared")
+    readings = Readings(**read_tensors(folder.path / "readings.safetensors"))
+    means = {tuple(key): mean for key, mean in zip(readings.samples.tolist(), readings.means, strict=True)}
+    return Read(folder.read_samples("pool"), means)
+
+
+def drawn(model, run, t):
+    """The training responses of an iteration."""
+    samples = [s for s in run.samples(t, "train") if s.tokens]
     adapter = sims.adapter.adapt(model)
-    encoded = {s.prompt: adapter.encode(run.prompts[s.prompt]) for s in samples}
     with sims.steering(model, run.before(t)):
-        means = capture(model, [(encoded[s.prompt], s.tokens) for s in samples], site="resid_post").means
-    place = {(s.prompt, s.draw): k for k, s in enumerate(samples)}
-    total = torch.zeros_like(means[0])
-    for group in by_prompt(samples):
-        scores = np.array([s.score for s in group])
-        for s, weight in zip(group, scores - scores.mean(), strict=True):
-            total += float(weight) * means[place[s.prompt, s.draw]]
-    return total
+        rows = [(adapter.encode(run.prompts[s.prompt]), s.tokens) for s in samples]
+        means = capture(model, rows, site=run.config.steering.site).means
+    return Read(samples, {(s.prompt, s.draw): mean for s, mean in zip(samples, means, strict=True)})
 
 
-def contrasted(model, run, iterations, per_prompt):
-    """The mean difference of the best and the worst of some iterations' responses, read under the last one's plan."""
-    bank = MemoryBank()
-    for t in iterations:
-        bank = bank.add(run.samples(t, "train"), iteration=t)
+def bank(model, run, per_prompt):
+    """The mean difference of the best and the worst of all iterations' responses, read under the last one's plan."""
+    every = MemoryBank()
+    for i in run.iterations:
+        every = every.add(run.samples(i.index, "train"), iteration=i.index)
     config = replace(run.config, evaluation=replace(run.config.evaluation, controls=0))
-    pairs = select_pairs(bank, per_prompt=per_prompt)
-    return fit_contrast(model, run.prompts, pairs, run.before(max(iterations)), config, seed=0).mean_difference
+    pairs = select_pairs(every, per_prompt=per_prompt)
+    under = run.before(len(run.iterations))
+    return fit_contrast(model, run.prompts, pairs, under, config, seed=0).mean_difference
 
 
 def variants(model, run):
     """Directions at every layer, by what is summed."""
-    turns = [i.index for i in run.iterations]
     learnt = [i.vectors for i in run.iterations]
     halves = [i.tensors["split_half"].clamp(min=0)[:, None] for i in run.iterations]
-    every = [weighted(model, run, i.index) for i in run.iterations]
-    pool = RunStore(run.path).folder("compared").read_samples("pool")
-    last = unit(learnt[-1])
-    before = unit(sum(unit(d) for d in learnt[:-1]))
-    two = [contrasted(model, run, [t], 2) for t in turns]
+    many = pool(run)
+    first = Read([s for s in many.samples if s.draw < run.config.sampling.responses], many.means)
+    reads = [first, *(drawn(model, run, i.index) for i in run.iterations[1:])]
+    two, every = [r.pairs(2) for r in reads], [r.all_responses() for r in reads]
+    last, before = unit(learnt[-1]), unit(sum(unit(d) for d in learnt[:-1]))
     return {
+        "one-shot, 12 responses a prompt, best and worst": many.pairs(1),
+        "one-shot, 12 responses a prompt, every one by its score": many.all_responses(),
+        "every response by its score, sum of unit vectors": sum(unit(d) for d in every),
+        "every response by its score, natural lengths": sum(every),
         "two pairs a prompt, sum of unit vectors": sum(unit(d) for d in two),
-        "two pairs a prompt, natural lengths": sum(two),
-        "one pair a prompt of all iterations' responses": contrasted(model, run, turns, 1),
-        "three pairs a prompt of all iterations' responses": contrasted(model, run, turns, 3),
-        "six pairs a prompt of all iterations' responses": contrasted(model, run, turns, 6),
-        "one-shot, 12 responses a prompt, every one by its score": weighted(model, run, 1, pool),
-        "iteration 1 only": learnt[0],
-        "the last iteration only": learnt[-1],
+        "three pairs a prompt of all iterations' responses": bank(model, run, 3),
         "sum, natural lengths": sum(learnt),
         "sum of unit vectors by split-half reliability": sum(unit(d) * h for d, h in zip(learnt, halves, strict=True)),
         "the last, orthogonal to those before, added to them": before
         + unit(last - (last * before).sum(-1, keepdim=True) * before),
+        "the last iteration only": learnt[-1],
+        "iteration 1 only": learnt[0],
         "every response by its score, iteration 1 only": every[0],
-        "every response by its score, sum of unit vectors": sum(unit(d) for d in every),
-        "every response by its score, natural lengths": sum(every),
     }
 
 
@@ -95,19 +118,19 @@ def one_seed(model, folder, oracle, rows):
     divergence = Divergence(model, run.prompts, run.samples(1, "train"))
     layers, norms = list(run.plan.layers), run.iterations[0].tensors["median_norm"]
     wanted = divergence.of(run.plan)
-    drawn = {"the loop": run.samples(len(run.iterations))}
+    found = {"the loop": run.samples(len(run.iterations))}
     for name, direction in variants(model, run).items():
         plan = compose([direction], [0.2], layers, norms, run.config.steering, run.plan.provenance)
         plan = plan.scaled(find_strength(divergence, plan, kl=wanted).factor)
-        drawn[name], _ = bench.measure(kept, name.replace(" ", "_").replace(",", ""), "heldout", plan, name, base)
-    for name, samples in drawn.items():
-        groups, others = by_prompt(samples), by_prompt(drawn["the loop"])
+        found[name], _ = bench.measure(kept, name.replace(" ", "_").replace(",", ""), "heldout", plan, name, base)
+    for name, samples in found.items():
+        groups, others = by_prompt(samples), by_prompt(found["the loop"])
         rows.append(
             {
                 "seed": run.config.seed,
                 "variant": name,
                 "changes": score_changes(samples, base).tolist(),
-                "less": score_changes(samples, drawn["the loop"]).tolist(),
+                "less": score_changes(samples, found["the loop"]).tolist(),
                 "head_to_head": [
                     win_probability(*(np.array([s.score for s in g]) for g in pair))
                     for pair in zip(groups, others, strict=True)
