@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--data", type=Path, default=HERE.parent / "docs" / "data")
+    parser.add_argument("--figure", type=Path, help="write the figure here, .png; needs kaleido and a Chromium")
     parser.add_argument("--table", action="store_true", help="only print the table of an earlier run")
     given = parser.parse_args()
     file = given.data / f"comparison_{given.oracle}.json"
@@ -58,6 +59,8 @@ def main() -> None:
         found.save(file)
     found = sims.open_comparison(file)
     print(markdown(found.cells()), "", found.verdict(), sep="\n")
+    if given.figure is not None:
+        sims.plots.comparison(found).write_image(given.figure, scale=1.5)
 
 
 if __name__ == "__main__":

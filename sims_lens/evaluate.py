@@ -291,4 +291,13 @@ def _repetition(text: str) -> float:
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-__all__ = ["Effect", "Evaluation", "distinct_2", "evaluate", "kl_divergence", "perplexity_ratio", "score_changes", "side_effects"]
+__all__ = [
+    "Effect",
+    "Evaluation",
+    "distinct_2",
+    "evaluate",
+    "kl_divergence",
+    "perplexity_ratio",
+    "score_changes",
+    "side_effects",
+]

@@ -214,6 +214,7 @@ def test_it_says_what_it_found(found: Comparison) -> None:
     (figure,) = sims.plots.figures(found)
     assert {trace.name for trace in figure.data} >= {"loop", "one-shot, equal KL", "best of N", "instruction"}
     assert all(np.isfinite(np.array(trace.x, dtype=float)).all() for trace in figure.data)
+    assert [s.type for s in figure.layout.shapes].count("rect") == 2  # the null band, in both panels
 
 
 def test_it_is_read_back_and_nothing_is_computed_twice(found: Comparison, model: Any, monkeypatch: Any) -> None:

@@ -29,22 +29,22 @@ def comparison(result: Comparison) -> go.Figure:
     """
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.05)
     seeds = f"{len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
+    reading = "; grey: one more plan of the loop's norm that has learnt nothing (95%)" if result.null_band else ""
     titled(
         figure,
         "What it gains, for what it takes",
-        f"{result.heldout} held-out prompts, {seeds}, 95% intervals over both",
+        f"{result.heldout} held-out prompts, {seeds}, 95% intervals over both{reading}",
         width=980,
         height=HEIGHT + 120,
     )
-    band = result.null_band
-    if band is not None:
-        for col in (1, 2):
-            figure.add_hrect(y0=band.low, y1=band.high, fillcolor=BAND, line_width=0, layer="below", row=1, col=col)
-    figure.add_hline(y=0.0, line={"color": TEXT, "dash": "dash", "width": 1})
     for family in dict.fromkeys(method.family for method in result.methods):
         for dose in dict.fromkeys(m.dose for m in result.family(family)):
             group = [m for m in result.family(family) if m.dose == dose]
             _draw(figure, result, family, dose, group)
+    band = result.null_band
+    if band is not None:
+        figure.add_hrect(y0=band.low, y1=band.high, fillcolor=BAND, line_width=0, layer="below", row="all", col="all")
+    figure.add_hline(y=0.0, line={"color": TEXT, "dash": "dash", "width": 1}, row="all", col="all")
     figure.update_xaxes(type="log", title_text="floating-point operations, learning included", row=1, col=1)
     figure.update_xaxes(title_text="KL from the base model (nats per response)", rangemode="tozero", row=1, col=2)
     figure.update_yaxes(title_text="change of the mean score (ranker's units)", row=1, col=1)
