@@ -27,13 +27,15 @@ from sims_lens.moments import PairMoments, PairStream
 from sims_lens.prompts import everyday
 from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
 from sims_lens.sites import check_layer
+from sims_lens.token_rows import Joined
+from sims_lens.token_rows import Row as Row  # others take it from here
 from sims_lens.twin import attached
 
-Row = tuple[Sequence[int], Sequence[int]]
-"""A sequence as (prompt token ids, response token ids)."""
+BATCH_TOKENS = 256
+"""Tokens in one forward pass on a CPU with one or two threads, padding included: more take memory, and no less time."""
 
-BATCH_TOKENS = 1024
-"""Tokens in one forward pass on a CPU, padding included: more is no faster there, and takes memory."""
+_THREAD_TOKENS, _MOST_TOKENS = 128, 1024
+"""With more threads, tokens for each of them, and in all: what is done between products takes as long with few."""
 
 _BATCH_TOKENS_ELSEWHERE = 16_384
 
@@ -82,15 +84,54 @@ class PairCapture:
         moments: of the pairs' averages over the tokens in scope, at each layer.
         median_norm: as in :class:`Activations`, at each layer. Of more than 16,384 tokens it is that of so many, drawn
             at random.
-        kept_positive: averages of the pairs that were to be kept, float32.
-        kept_negative: the same of their negative texts.
+        kept: averages of the pairs that were to be kept.
     """
 
     layers: tuple[int, ...]
     moments: PairMoments
     median_norm: Float[Tensor, " layer"]
-    kept_positive: Float[Tensor, "kept layer d_model"]
-    kept_negative: Float[Tensor, "kept layer d_model"]
+    kept: "KeptPairs"
+
+    @property
+    def kept_positive(self) -> Float[Tensor, "kept layer d_model"]:
+        """Averages of the positive texts of the pairs that were to be kept, float32."""
+        return self.kept.rows(slice(None))[0]
+
+    @property
+    def kept_negative(self) -> Float[Tensor, "kept layer d_model"]:
+        """The same of their negative texts."""
+        return self.kept.rows(slice(None))[1]
+
+
+class KeptPairs:
+    """Activations of some pairs in half the bytes: to 11 binary digits, in units of each row's largest entry.
+
+    What is judged by them are projections on a direction, sums over the whole width: rounding moves one by about a
+    thousandth of what it differs by from pair to pair.
+
+    Args:
+        pairs: how many.
+        layers: how many.
+        d_model: width.
+    """
+
+    def __init__(self, pairs: int, layers: int, d_model: int) -> None:
+        self._values = torch.zeros(2, pairs, layers, d_model, dtype=torch.float16)
+        self._scale = torch.zeros(2, pairs, layers, 1)
+
+    def put(
+        self, pair: int, positive: Float[Tensor, "layer d_model"], negative: Float[Tensor, "layer d_model"]
+    ) -> None:
+        """Keep a pair in its place."""
+        for half, row in enumerate((positive, negative)):
+            scale = row.abs().amax(-1, keepdim=True)
+            self._scale[half, pair] = scale
+            self._values[half, pair] = (row / torch.where(scale > 0, scale, 1.0)).half()
+
+    def rows(self, pairs: slice) -> tuple[Float[Tensor, "some layer d_model"], Float[Tensor, "some layer d_model"]]:
+        """The positive and the negative activations of some pairs, float32."""
+        positive, negative = self._values[:, pairs].float() * self._scale[:, pairs]
+        return positive, negative
 
 
 def capture(
@@ -175,7 +216,7 @@ def capture_moments(
     weights = torch.zeros(0, pairs) if weights is None else weights
     if weights.shape[1] != pairs:
         raise ModelError(f"weights has a column for each of {weights.shape[1]} pairs, there are {pairs}")
-    reader = _Reader(model, [*positive, *negative], sites=sites, scope=scope, layers=layers)
+    reader = _Reader(model, Joined(positive, negative), sites=sites, scope=scope, layers=layers)
     chosen, d_model = reader.layers, reader.adapter.d_model
     if not chosen or not sites:
         raise ModelError("layers or sites is empty; name at least one, or leave it out")
@@ -183,7 +224,7 @@ def capture_moments(
     kept = {pair: index for index, pair in enumerate(keep)}
     found = {site: PairStream(len(weights), len(chosen), d_model) for site in sites}
     # What lives on is allocated here: between the short-lived tensors of forward passes it would fragment memory.
-    held = {site: torch.zeros(2, len(kept), len(chosen), d_model) for site in sites}
+    held = {site: KeptPairs(len(kept), len(chosen), d_model) for site in sites}
     norms = {site: _Norms(len(chosen), sum(reader.counts)) for site in sites}
     size = 2 * min(pairs, reader.block_pairs)
     buffers = {site: torch.zeros(size, len(chosen), d_model) for site in sites}
@@ -207,10 +248,8 @@ def capture_moments(
             found[site].update(up, down, weights[:, block])
             here = [(index, kept[pair]) for index, pair in enumerate(block) if pair in kept]
             for index, target in here:
-                held[site][0, target], held[site][1, target] = up[index], down[index]
-    return {
-        site: PairCapture(chosen, found[site].moments, norms[site].medians(), *held[site].unbind()) for site in sites
-    }
+                held[site].put(target, up[index], down[index])
+    return {site: PairCapture(chosen, found[site].moments, norms[site].medians(), held[site]) for site in sites}
 
 
 class _Norms:
@@ -369,23 +408,25 @@ class _Reader:
         for site in self.sites:
             for layer in self.layers:
                 self.adapter.point(layer, site)
-        self.counts = [_count(self.scope, len(prompt), len(response)) for prompt, response in rows]
+        # arrays here and below: lists of very many numbers take much more memory
+        self.counts = array("q", (_count(self.scope, len(prompt), len(response)) for prompt, response in rows))
         if 0 in self.counts:
             index = self.counts.index(0)
             raise ModelError(f"row {index} has no token in scope {self.scope.name!r}; leave such rows out")
         watched = attached(model).watched
         self._shares = not watched and _goes_on_from_any_column(self.adapter)
-        self._ends = [len(prompt) + len(response) for prompt, response in rows]
-        self._prompts = list(range(len(rows)))
+        self._ends = array("q", (len(prompt) + len(response) for prompt, response in rows))
+        self._prompts = array("q", range(len(rows)))
         """A number for each row's prompt, the same for the same prompt."""
         self._roots: list[tuple[int, ...]] = [()] * len(rows)
         self._caches: dict[tuple[int, ...], Any] = {}
         self._turn = 0
         if self._shares:
-            numbers: dict[bytes, int] = {}  # and arrays below: lists of very many tokens take much more memory
-            self._prompts = [numbers.setdefault(array("q", prompt).tobytes(), len(numbers)) for prompt, _ in rows]
+            numbers: dict[bytes, int] = {}
+            named = (array("q", prompt).tobytes() for prompt, _ in rows)
+            self._prompts = array("q", (numbers.setdefault(name, len(numbers)) for name in named))
             if not self.scope.response:  # what comes after the last token that counts can't change it
-                self._ends = [max(1, len(p) - (not self.scope.last_prompt)) for p, _ in rows]
+                self._ends = array("q", (max(1, len(p) - (not self.scope.last_prompt)) for p, _ in rows))
             # all of them in the prompt, ahead of its last token, so that they are of one region in every row
             ends = zip(rows, self._ends, strict=True)
             self._roots = _roots([array("q", p[: max(0, min(len(p), end) - 1)]) for (p, _), end in ends])
@@ -428,7 +469,8 @@ class _Reader:
     ) -> Iterator[list[int]]:
         """The rows in batches, the shortest first, those of a prompt side by side."""
         if batch_tokens is None:
-            batch_tokens = BATCH_TOKENS if self.adapter.device.type == "cpu" else _BATCH_TOKENS_ELSEWHERE
+            on_cpu = max(BATCH_TOKENS, min(_MOST_TOKENS, _THREAD_TOKENS * torch.get_num_threads()))
+            batch_tokens = on_cpu if self.adapter.device.type == "cpu" else _BATCH_TOKENS_ELSEWHERE
         longest: dict[int, int] = {}
         if self._shares:
             for row in group:

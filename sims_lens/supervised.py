@@ -8,8 +8,7 @@ negative can be told apart along it on pairs that it was not fitted to.
 import csv
 import html
 import json
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sims_lens.activations import Row, capture, capture_moments, capture_tokens
+from sims_lens.activations import KeptPairs, capture, capture_moments, capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.errors import FitError, PlanError
 from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality, unit
@@ -30,6 +29,7 @@ from sims_lens.progress import Progress
 from sims_lens.prompts import quote
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_layer
+from sims_lens.token_rows import Joined, Row, TokenRows
 from sims_lens.transforms import Addition, Transform
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def fit_rows(
         raise FitError(f"{len(positive)} positive and {len(negative)} negative texts: give two pairs or more")
     if not chosen:
         raise FitError("layers is empty; name at least one, or leave it out for all of them")
-    rows = [*positive, *negative]
+    rows = Joined(positive, negative)
     passes = 2 if estimator.reads == "tokens" else 1
     with Progress(passes * len(rows), show=progress and len(rows) > _SHORT) as bar:
         bar.phase("reading contrast pairs")
@@ -238,7 +238,7 @@ def _streamed(
     fitted = tuple(Addition(vector) for vector in moments.difference.mean.float())
     quality = unknown_quality(MeanDifference.name, pairs, [float(t.vector.norm()) for t in fitted])
     if parts:
-        quality = _streamed_quality(moments, judged_parts, read.kept_positive, read.kept_negative, quality.length)
+        quality = _streamed_quality(moments, judged_parts, read.kept, quality.length)
     directions = torch.stack([t.direction for t in fitted]).double()
     up, down = ((m.mean * directions).sum(-1).float() for m in (moments.positive, moments.negative))
     return _Found(fitted, quality, up, down, read.median_norm)
@@ -247,8 +247,7 @@ def _streamed(
 def _streamed_quality(
     moments: PairMoments,
     judged_parts: Sequence[Int[Tensor, " _held"]],
-    positive: Float[Tensor, "judged layer d_model"],
-    negative: Float[Tensor, "judged layer d_model"],
+    kept: KeptPairs,
     length: Sequence[float],
 ) -> FitQuality:
     """As :func:`~sims_lens.estimators.fit_quality`; the sums are of folds, and then of a half of each halving."""
@@ -259,7 +258,7 @@ def _streamed_quality(
     for fold, held in enumerate(judged_parts):
         here = slice(start, start + len(held))
         start += len(held)
-        up, down = (torch.einsum("pld,ld->lp", rows[here], outside[fold]).double() for rows in (positive, negative))
+        up, down = (torch.einsum("pld,ld->lp", rows, outside[fold]).double() for rows in kept.rows(here))
         projections.append((up, down))
     cosines = (inside[folds:] * outside[folds:]).sum(-1).mean(0)
     return judged(MeanDifference.name, pairs, projections, cosines.tolist(), length)
@@ -448,12 +447,12 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, str]]:
     return [(item["prompt"], item["positive"], item["negative"]) for _, item in items]
 
 
-def _rows(adapter: Adapter, pairs: Sequence[object]) -> tuple[list[Row], bool]:
+def _rows(adapter: Adapter, pairs: Sequence[object]) -> tuple[TokenRows, bool]:
     """Token ids of the positive and the negative of each pair in turn, and whether the pairs are of whole texts."""
     if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence) or len(pairs) < 2:
         count = f"{len(pairs)} of them" if isinstance(pairs, Sequence) else f"a {type(pairs).__name__}"
         raise FitError(f"pairs must be a list of two or more (prompt, positive, negative), got {count}")
-    rows: list[Row] = []
+    rows = TokenRows()
     sizes = set()
     for index, pair in enumerate(pairs):
         parts = _parts(index, pair)
@@ -464,10 +463,12 @@ def _rows(adapter: Adapter, pairs: Sequence[object]) -> tuple[list[Row], bool]:
             if not len(text):
                 raise FitError(f"the {name} of pair {index} is empty; leave the pair out")
         if len(parts) == 2:
-            rows += [(_ids(text, adapter.encode), ()) for text in parts]
+            for text in parts:
+                rows.append(_ids(text, adapter.encode), ())
         else:
             prompt = _ids(parts[0], adapter.encode)
-            rows += [(prompt, _ids(text, adapter.encode_response)) for text in parts[1:]]
+            for text in parts[1:]:
+                rows.append(prompt, _ids(text, adapter.encode_response))
     return rows, sizes == {2}
 
 
@@ -488,8 +489,8 @@ def _parts(index: int, pair: object) -> tuple[Text, ...]:
     return tuple(texts)
 
 
-def _ids(text: Text, encode: Any) -> "array[int]":
-    return array("q", encode(text) if isinstance(text, str) else text)  # a fifth of what a list takes
+def _ids(text: Text, encode: Callable[[str], Sequence[int]]) -> Sequence[int]:
+    return encode(text) if isinstance(text, str) else text
 
 
 def _fit_tokens(

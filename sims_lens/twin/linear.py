@@ -1,5 +1,8 @@
 """Linear layers for a CPU: weights laid out once as the matrix product reads them."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,9 +35,15 @@ class PackedLinear(nn.Module):
 
     def forward(self, values: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """``values @ weight.T + bias``."""
-        flat = values.reshape(-1, values.shape[-1])
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(flat, self.packed, self.bias, "none", [], "")
-        return found.view(*values.shape[:-1], -1)
+        found: Tensor = _product()(values, self.packed, self.bias, "none", [], "")
+        return found
+
+
+@functools.cache
+def _product() -> Callable[..., Tensor]:
+    """The product itself: to look for it, and to flatten a batch that it takes as it is, costs as much as a small one
+    of one row does."""
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 _ONE_ROW: dict[tuple[object, ...], bool] = {}
