@@ -1,7 +1,7 @@
 """What a loop's later iterations have to learn from: spread of scores, pairs, reliability and turn of the direction.
 
-Read off the runs that `benchmarks/evidence.py` has left; no model is run. `python benchmarks/why_iterate.py --out runs/evidence`
-prints a table, means over seeds.
+Read off the runs that `benchmarks/evidence.py` has left; no model is run. The table, means over seeds, is printed by
+`python benchmarks/why_iterate.py --out runs/evidence`.
 """
 
 import argparse
