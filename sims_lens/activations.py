@@ -34,8 +34,8 @@ from sims_lens.twin import attached
 BATCH_TOKENS = 256
 """Tokens in one forward pass on a CPU with one or two threads, padding included: more take memory, and no less time."""
 
-_THREAD_TOKENS, _MOST_TOKENS = 128, 1024
-"""With more threads, tokens for each of them, and in all: what is done between products takes as long with few."""
+_MOST_THREADS = 8
+"""With more threads more tokens, up to as many as for so many: what is done between products takes as long with few."""
 
 _BATCH_TOKENS_ELSEWHERE = 16_384
 
@@ -469,7 +469,7 @@ class _Reader:
     ) -> Iterator[list[int]]:
         """The rows in batches, the shortest first, those of a prompt side by side."""
         if batch_tokens is None:
-            on_cpu = max(BATCH_TOKENS, min(_MOST_TOKENS, _THREAD_TOKENS * torch.get_num_threads()))
+            on_cpu = BATCH_TOKENS * min(_MOST_THREADS, max(2, torch.get_num_threads())) // 2
             batch_tokens = on_cpu if self.adapter.device.type == "cpu" else _BATCH_TOKENS_ELSEWHERE
         longest: dict[int, int] = {}
         if self._shares:
