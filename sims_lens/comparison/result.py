@@ -177,6 +177,22 @@ class Comparison:
         """What it takes to learn and to answer all held-out prompts."""
         return method.learning + method.answering * (self.heldout * self.answers)
 
+    def break_even(self, ours: str, theirs: str) -> float:
+        """Answers after which one method has taken no more operations than another, its learning included.
+
+        Args:
+            ours: name of the method that learns.
+            theirs: name of the one that takes more for each answer.
+
+        Returns:
+            Answers; 0 where ours never takes more, infinity where it always does.
+        """
+        a, b = self[ours], self[theirs]
+        ahead, each = a.learning.flops - b.learning.flops, b.answering.flops - a.answering.flops
+        if ahead <= 0:
+            return 0.0
+        return ahead / each if each > 0 else math.inf
+
     def table(self) -> "pd.DataFrame":
         """One row per method, a column per figure; ``_low`` and ``_high`` are its 95% interval."""
         import pandas as pd
