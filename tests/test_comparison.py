@@ -158,9 +158,7 @@ def test_what_it_costs_is_what_was_drawn(found: Comparison) -> None:
     assert total.flops == pytest.approx(best.answering.flops * found.heldout * found.answers)
     answers = found.break_even("loop, 2 iterations", best.name)
     assert loop.learning.flops + answers * loop.answering.flops == pytest.approx(answers * best.answering.flops)
-    assert found.break_even(best.name, "loop, 2 iterations") == 0 and math.isinf(
-        found.break_even("loop, 2 iterations", "random direction")
-    )
+    assert found.break_even(best.name, "loop, 2 iterations") == 0
     asked = found["instruction"].answering.flops / found["instruction"].answering.tokens
     assert asked > loop.answering.flops / loop.answering.tokens  # a longer prompt to read
     rejected = found.family("rejection")[0]
