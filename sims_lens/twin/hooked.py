@@ -2,8 +2,9 @@
 
 A ``HookedTransformer`` brings its weights into another layout at every forward pass, rotates every cached key anew at
 every step, and calls some two hundred HookPoints. This runs the same weights without; it fires the HookPoints that
-something is attached to, in the same order and with tensors of the same shapes, save those inside of the attention
-(scores, pattern, rotated keys and queries), of which it has no such tensors.
+something is attached to, in the same order and with tensors of the same shapes. Scores, weights and rotated keys are
+worked out where somebody looks at them, and shown for rows of one length at a time
+(:class:`~sims_lens.twin.attention.Inside`).
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from sims_lens.twin.attention import Memory
+from sims_lens.twin.attention import Inside, Memory
 from sims_lens.twin.base import Cut, Points, Twin, Unsupported, linear
 
 _PLAIN = {
@@ -33,9 +34,7 @@ _PLAIN = {
             "ungroup_grouped_query_attention",
             "use_attention_sinks",
             "use_attn_in",
-            "use_attn_result",
             "use_dynamic_ntk_rope",
-            "use_hook_mlp_in",
             "use_hook_tokens",
             "use_logn_attn",
             "use_split_qkv_input",
@@ -48,14 +47,21 @@ _PLAIN = {
 _OWN_FORMS = ("Olmo", "Bert", "T5", "Mixtral", "GptOss")
 """Architectures whose blocks ``HookedTransformer`` treats as cases of their own."""
 
+_INSIDE = ("attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")
+"""HookPoints of a block that are shown rows of one length at a time, in the order of the arguments of ``Inside``."""
+
 _BLOCK = (
     "hook_resid_pre",
     "attn.hook_q",
     "attn.hook_k",
     "attn.hook_v",
+    "attn.hook_rot_q",
+    *_INSIDE,
     "attn.hook_z",
+    "attn.hook_result",
     "hook_attn_out",
     "hook_resid_mid",
+    "hook_mlp_in",
     "mlp.hook_pre",
     "mlp.hook_pre_linear",
     "mlp.hook_post",
@@ -95,6 +101,11 @@ class HookedTwin(Twin):
         inside = {f"blocks.{i}.{name}" for i in range(len(self.blocks)) for name in _BLOCK}
         return frozenset({"hook_embed", "hook_pos_embed"} | inside)
 
+    @property
+    def by_length(self) -> frozenset[str]:
+        """See :attr:`Twin.by_length`."""
+        return frozenset(f"blocks.{i}.{name}" for i in range(len(self.blocks)) for name in _INSIDE)
+
     def logits(
         self,
         tokens: Int[Tensor, "batch pos"],
@@ -131,6 +142,7 @@ class _Block:
         self.name = {name: f"blocks.{index}.{name}" for name in _BLOCK}
         attn, mlp = block.attn, block.mlp
         self.grouped = self.cfg.n_key_value_heads is not None
+        self.inner_names = [self.name[name] for name in _INSIDE]
 
         def heads(name: str) -> tuple[Tensor, Tensor]:
             own = getattr(attn, f"_W_{name}" if self.grouped and name != "Q" else f"W_{name}")
@@ -169,6 +181,8 @@ class _Block:
             middle, mlp_in = stream + attn_out, stream
         else:
             middle = mlp_in = _at(points, name["hook_resid_mid"], stream + attn_out)
+        if self.cfg.use_hook_mlp_in and name["hook_mlp_in"] in points:
+            mlp_in = _at(points, name["hook_mlp_in"], mlp_in.clone())
         mlp_out = self.mlp(norms["ln2"](mlp_in), points)
         if "ln2_post" in norms:
             mlp_out = norms["ln2_post"](mlp_out)
@@ -189,6 +203,7 @@ class _Block:
             if kind not in turns:
                 turns[kind] = self.turn(positions)
             query, key = (self.rotated(part, *turns[kind]) for part in (query, key))
+            query = _at(points, self.name["attn.hook_rot_q"], query)
         found = memory.attend(
             self.index,
             query.transpose(1, 2),
@@ -197,9 +212,20 @@ class _Block:
             scale=1 / self.attn.attn_scale,
             window=self.cfg.window_size if self.attn.attn_type == "local" else None,
             softcap=cap if (cap := self.cfg.attn_scores_soft_cap) > 0 else None,
+            inside=self.inside(points),
         )
         mixed = _at(points, self.name["attn.hook_z"], found.transpose(1, 2))
+        if self.cfg.use_attn_result and self.name["attn.hook_result"] in points:
+            each = torch.einsum("bphd,hdm->bphm", mixed, self.attn.W_O.detach().to(self.dtype))
+            bias = self.attn.b_O.detach().to(self.dtype)
+            result: Tensor = _at(points, self.name["attn.hook_result"], each)
+            return result.sum(2) + bias
         return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
+
+    def inside(self, points: Points) -> Inside | None:
+        """What is attached inside the attention; None where nothing is."""
+        looking = [points.get(name) for name in self.inner_names] if points else []
+        return Inside(*looking) if any(point is not None for point in looking) else None
 
     def mlp(self, values: Tensor, points: Points) -> Tensor:
         parts = self.into(values)
