@@ -351,6 +351,21 @@ def test_hooks_inside_the_attention_see_what_generate_shows_them(fresh: Any, arc
 
 
 @pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.slow
+def test_edits_inside_the_attention_of_the_embedded_model() -> None:
+    model = sims.load("embedded", kind="hooked")
+    prompts = sims.everyday(3)
+    assert len({len(adapt(model).encode(prompt)) for prompt in prompts}) > 1
+    plain, _ = drawn(model, prompts, max_new_tokens=8)
+    for name in ("hook_z", "hook_pattern"):
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.{name}", EDITS[name]) for layer in (3, 10)]):
+            found, way = drawn(model, prompts, max_new_tokens=8)
+            assert way == "twin" and found != plain
+            for prompt in prompts:
+                check_generated({prompt: found[prompt]}, generated(model, [prompt], 8))
+
+
+@pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
 def test_hooks_that_would_see_different_rows_take_the_slow_road(zoo: Any) -> None:
     llama = zoo("llama", "hooked")
     hooks = [("blocks.1.attn.hook_pattern", not_the_first_token), ("blocks.1.attn.hook_z", one_head_less)]

@@ -168,7 +168,7 @@ class PromptMemory:
             rows = (query * scale).reshape(batch, kv_heads, -1, query.shape[-1])
             scores = (rows @ inside.shown_keys(key).mT).view(batch, heads, length, length)
             at = torch.arange(length, device=query.device)
-            weights = inside.weights(scores, ~causal(at[:, None], at[None], window), softcap)
+            weights = inside.weights(scores, ~causal(at[:, None], at[None], window), softcap).expand_as(scores)
             return (weights.reshape(batch, kv_heads, -1, length) @ value).view(batch, heads, length, -1)
         if softcap is None and (window is None or window >= length):
             # the kernel's threads share out one buffer by length: at an odd place products add in another order
@@ -402,7 +402,11 @@ class ResponseMemory:
             column = torch.arange(length + own, device=scores.device)
             alone = new == 1 and (window is None or window >= length + own)
             hidden = None if alone else ~causal(column[length + at :, None], column[None], window)
-            found = inside.weights(some, hidden, softcap).reshape(len(some), *scores.shape[1:4], length + own)
+            found = (
+                inside.weights(some, hidden, softcap)
+                .expand_as(some)
+                .reshape(len(some), *scores.shape[1:4], length + own)
+            )
             weights[members, ..., :length] = found[..., :length]
             weights[members, ..., width : width + own] = found[..., length:]
         return weights

@@ -47,6 +47,8 @@ _PLAIN = {
 _OWN_FORMS = ("Olmo", "Bert", "T5", "Mixtral", "GptOss")
 """Architectures whose blocks ``HookedTransformer`` treats as cases of their own."""
 
+_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+
 _INSIDE = ("attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")
 """HookPoints of a block that are shown rows of one length at a time, in the order of the arguments of ``Inside``."""
 
@@ -67,6 +69,7 @@ _BLOCK = (
     "mlp.hook_post",
     "hook_mlp_out",
     "hook_resid_post",
+    *(f"{norm}.{point}" for norm in _NORMS for point in ("hook_scale", "hook_normalized")),
 )
 
 
@@ -92,14 +95,14 @@ class HookedTwin(Twin):
         if cfg.positional_embedding_type == "standard":
             self.positions = model.pos_embed.W_pos.detach().to(dtype)
         self.blocks = [_Block(block, index, dtype, packed=packed) for index, block in enumerate(model.blocks)]
-        self.norm = _Norm(model.ln_final, dtype)
+        self.norm = _Norm(model.ln_final, dtype, "ln_final")
         self.unembed = linear(model.unembed.W_U.T, model.unembed.b_U, dtype, packed=packed)
 
     @property
     def fires(self) -> frozenset[str]:
         """See :attr:`Twin.fires`."""
         inside = {f"blocks.{i}.{name}" for i in range(len(self.blocks)) for name in _BLOCK}
-        return frozenset({"hook_embed", "hook_pos_embed"} | inside)
+        return frozenset({"hook_embed", "hook_pos_embed", *self.norm.points} | inside)
 
     @property
     def by_length(self) -> frozenset[str]:
@@ -129,7 +132,10 @@ class HookedTwin(Twin):
             if cut is not None and cut.block == block.index:
                 cut.stream = stream
             stream = block(stream, positions, memory, points, turns)
-        logits: Tensor = self.unembed(self.norm(stream[:, stream.shape[1] - keep :]))
+        first = stream.shape[1] - keep
+        shown = self.norm.shown(points)  # all columns, then
+        kept = self.norm(stream, points)[:, first:] if shown else self.norm(stream[:, first:])
+        logits: Tensor = self.unembed(kept)
         cap = self.cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
@@ -160,8 +166,8 @@ class _Block:
         self.plain_mlp = mlp
         self.back = linear(mlp.W_out.T, mlp.b_out, dtype, packed=packed)
         self.norms = {
-            name: _Norm(getattr(block, name), dtype)
-            for name in ("ln1", "ln1_post", "ln2", "ln2_post")
+            name: _Norm(getattr(block, name), dtype, f"blocks.{index}.{name}")
+            for name in _NORMS
             if hasattr(block, name)
         }
         self.q_norm, self.k_norm = (
@@ -173,9 +179,9 @@ class _Block:
     ) -> Tensor:
         name, norms = self.name, self.norms
         stream = _at(points, name["hook_resid_pre"], stream)
-        attn_out = self.attention(norms["ln1"](stream), positions, memory, points, turns)
+        attn_out = self.attention(norms["ln1"](stream, points), positions, memory, points, turns)
         if "ln1_post" in norms:
-            attn_out = norms["ln1_post"](attn_out)
+            attn_out = norms["ln1_post"](attn_out, points)
         attn_out = _at(points, name["hook_attn_out"], attn_out)
         if self.cfg.parallel_attn_mlp:
             middle, mlp_in = stream + attn_out, stream
@@ -183,9 +189,9 @@ class _Block:
             middle = mlp_in = _at(points, name["hook_resid_mid"], stream + attn_out)
         if self.cfg.use_hook_mlp_in and name["hook_mlp_in"] in points:
             mlp_in = _at(points, name["hook_mlp_in"], mlp_in.clone())
-        mlp_out = self.mlp(norms["ln2"](mlp_in), points)
+        mlp_out = self.mlp(norms["ln2"](mlp_in, points), points)
         if "ln2_post" in norms:
-            mlp_out = norms["ln2_post"](mlp_out)
+            mlp_out = norms["ln2_post"](mlp_out, points)
         return _at(points, name["hook_resid_post"], middle + _at(points, name["hook_mlp_out"], mlp_out))
 
     def attention(
@@ -204,7 +210,7 @@ class _Block:
                 turns[kind] = self.turn(positions)
             query, key = (self.rotated(part, *turns[kind]) for part in (query, key))
             query = _at(points, self.name["attn.hook_rot_q"], query)
-        found = memory.attend(
+        found: Tensor = memory.attend(
             self.index,
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -217,10 +223,11 @@ class _Block:
         mixed = _at(points, self.name["attn.hook_z"], found.transpose(1, 2))
         if self.cfg.use_attn_result and self.name["attn.hook_result"] in points:
             each = torch.einsum("bphd,hdm->bphm", mixed, self.attn.W_O.detach().to(self.dtype))
-            bias = self.attn.b_O.detach().to(self.dtype)
+            bias: Tensor = self.attn.b_O.detach().to(self.dtype)
             result: Tensor = _at(points, self.name["attn.hook_result"], each)
             return result.sum(2) + bias
-        return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
+        out: Tensor = self.out(mixed.flatten(2))
+        return out
 
     def inside(self, points: Points) -> Inside | None:
         """What is attached inside the attention; None where nothing is."""
@@ -275,9 +282,11 @@ class _Joined:
 
 
 class _Norm:
-    """LayerNorm or RMSNorm, with or without weights, in one kernel, which sums in float32 at least."""
+    """LayerNorm or RMSNorm, with or without weights, in one kernel, which sums in float32 at least; where somebody is
+    attached to its HookPoints, by the model's own module."""
 
-    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+    def __init__(self, norm: Any, dtype: torch.dtype, name: str = "") -> None:
+        self.points = (f"{name}.hook_scale", f"{name}.hook_normalized")
         kind = type(norm).__name__
         if kind not in ("LayerNorm", "LayerNormPre", "RMSNorm", "RMSNormPre"):
             raise Unsupported(f"the model has a norm of the kind {kind}")
@@ -286,7 +295,14 @@ class _Norm:
         self.weight = None if weight is None else weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def shown(self, points: Points) -> bool:
+        """Whether somebody is attached to it."""
+        return bool(points) and any(name in points for name in self.points)
+
+    def __call__(self, values: Tensor, points: Points | None = None) -> Tensor:
+        if points and self.shown(points):
+            found: Tensor = self.norm(values.to(self.norm.cfg.dtype))
+            return found.to(self.dtype)
         size = values.shape[-1:]
         if self.centred:
             return functional.layer_norm(values, size, self.weight, self.bias, self.norm.eps)
