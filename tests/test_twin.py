@@ -170,15 +170,16 @@ def test_every_point_that_the_twin_fires_acts_as_on_the_model(model: Any) -> Non
     assert {"blocks.1.hook_in", "blocks.1.hook_out"} <= set(names) or "blocks.1.hook_resid_post" in names
     noise = {size: torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in range(1, 400)}
     prompts, replies = texts()
-    prompts, replies = prompts[:2], replies[:3]
+    two, one = (prompts[:2], replies[:3]), ([prompts[1]], [(0, reply) for of, reply in replies if of == 1])
     adapter = adapt(model)
 
     def edit(value: Any, hook: Any) -> Any:
         return 0.7 * value + 0.3 * noise[value.shape[-1]] if value.is_floating_point() else value
 
     with torch.no_grad():
-        base = adapter.response_logits(prompts, replies)
+        bases = {len(prompts): adapter.response_logits(prompts, replies) for prompts, replies in (two, one)}
         for name in names:
+            prompts, replies = one if name in twin.by_length else two  # there a column is a token of its row
             known[name].add_hook(edit)
             try:
                 way = road(model)
@@ -190,9 +191,10 @@ def test_every_point_that_the_twin_fires_acts_as_on_the_model(model: Any) -> Non
             finally:
                 known[name].remove_hooks()
             assert gap(found, expected, replies) < 1e-3, name
-            if gap(expected, base, replies) < 1e-3:
+            if gap(expected, bases[len(prompts)], replies) < 1e-3:
                 idle.append(name)
-    assert all(name.endswith("embed.hook_in") or "rotary" in name for name in idle)  # token ids, and unused there
+    unused = ("embed.hook_in", "hook_result", "hook_mlp_in")  # token ids; what the settings leave out
+    assert all(name.endswith(unused) or "rotary" in name for name in idle)
 
 
 # --- with somebody's hooks -------------------------------------------------------------------------------------------
@@ -218,19 +220,173 @@ def test_hooks_act_on_the_fast_road(llama: Any, plan: str) -> None:
     assert drawn(llama, plan=PLANS[plan])[0] == plain
 
 
-def test_a_hook_inside_the_attention_takes_the_slow_road(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_at_the_pattern(zoo: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     def weaker(pattern: Tensor, hook: Any) -> Tensor:
         return 0.3 * pattern
 
+    llama = zoo("llama", kind)
     plain, _ = drawn(llama)
     with llama.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", weaker)]):
         with caplog.at_level(logging.WARNING, "sims_lens"):
             found, way = drawn(llama)
-        assert way.startswith("the model itself, because") and "hook_pattern" in way
-        assert any("slow road" in r.message and "hook_pattern" in r.getMessage() for r in caplog.records)
+        if kind == "hooked":
+            assert way == "twin"
+        else:
+            assert way.startswith("the model itself, because") and "hook_pattern" in way
+            assert any("slow road" in r.message and "hook_pattern" in r.getMessage() for r in caplog.records)
         assert found != plain
         check_greedy(llama, found)
     assert drawn(llama) == (plain, "twin")
+
+
+def one_head_less(value: Tensor, hook: Any) -> Tensor:
+    return value.index_fill(2, torch.tensor([1]), 0.0)
+
+
+def not_the_first_token(pattern: Tensor, hook: Any) -> Tensor:
+    pattern[..., 0] = 0.0
+    return pattern
+
+
+def not_itself(scores: Tensor, hook: Any) -> Tensor:
+    edited = scores.clone()
+    edited[..., -1] = -torch.inf  # at a prompt's first token every key is hidden then
+    return edited
+
+
+def noise_in_place(value: Tensor, hook: Any) -> None:
+    value += vector(3, size=value.shape[-1])
+
+
+def turned_round(value: Tensor, hook: Any) -> Tensor:
+    return -value  # the same addition to every key would cancel in the softmax
+
+
+def turned_in_place(value: Tensor, hook: Any) -> None:
+    value *= -1.0  # what is kept for the tokens to come must be as it was
+
+
+EDITS = {
+    "hook_q": add_noise,
+    "hook_k": turned_round,
+    "hook_v": noise_in_place,
+    "hook_rot_q": add_noise,
+    "hook_rot_k": turned_in_place,
+    "hook_attn_scores": not_itself,
+    "hook_pattern": not_the_first_token,
+    "hook_z": one_head_less,
+    "hook_result": one_head_less,
+}
+
+
+def generated(model: Any, prompts: Sequence[str], new: int = NEW) -> dict[str, tuple[int, ...]]:
+    """By the model's own ``generate``, greedily: prompts of one length."""
+    ids = [adapt(model).encode(prompt) for prompt in prompts]
+    options = {"max_new_tokens": new, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    rows = model.generate(torch.tensor(ids), **options)[:, len(ids[0]) :]
+    return {prompt: tuple(row.tolist()) for prompt, row in zip(prompts, rows, strict=True)}
+
+
+def check_generated(found: dict[str, tuple[int, ...]], own: dict[str, tuple[int, ...]]) -> None:
+    """The same tokens, up to where a response has ended."""
+    assert any(found.values())
+    assert found == {prompt: own[prompt][: len(tokens)] for prompt, tokens in found.items()}
+
+
+@pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_edits_inside_the_attention_act_as_in_generate(fresh: Any, architecture: str) -> None:
+    model = fresh(architecture, "hooked")
+    model.set_use_attn_result(True)
+    plain, moved = drawn(model, [*PROMPTS, "Ho"])[0], set()
+    for name, edit in EDITS.items():
+        points = [f"blocks.{layer}.attn.{name}" for layer in (0, 2)]
+        if points[0] not in model.hook_dict:
+            assert architecture == "gpt2" and "rot" in name
+            continue
+        with model.hooks(fwd_hooks=[(point, edit) for point in points]):
+            found, way = drawn(model, [*PROMPTS, "Ho"])
+            assert way == "twin", (name, way)
+            for prompt in PROMPTS:  # each by itself
+                check_generated({prompt: found[prompt]}, generated(model, [prompt])) if found[prompt] else None
+            pair = ["Hi", "Ho"]  # and side by side
+            check_generated({prompt: found[prompt] for prompt in pair}, generated(model, pair))
+            few, _ = drawn(model, [*PROMPTS, "Ho"], batch_rows=2)  # rows come and go
+            assert few == found, name
+        moved |= {name} if found != plain else set()
+    assert moved == {name for name in EDITS if f"blocks.0.attn.{name}" in model.hook_dict}
+
+
+@pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_hooks_inside_the_attention_see_what_generate_shows_them(fresh: Any, architecture: str) -> None:
+    """The same HookPoints in the same order, with the same shapes and values, in every pass."""
+    model = fresh(architecture, "hooked")
+    model.set_use_attn_result(True)
+    names = [f"blocks.{layer}.attn.{name}" for layer in (0, 1) for name in EDITS]
+    names = [name for name in names if name in model.hook_dict]
+    seen: list[tuple[str, Tensor]] = []
+
+    def look(value: Tensor, hook: Any) -> None:
+        seen.append((hook.name, value.clone()))
+
+    inner = [name for name in names if name.endswith(("hook_rot_k", "hook_attn_scores", "hook_pattern"))]
+    for some in (inner, [name for name in names if name not in inner]):
+        for prompts in (["What is a long question about?"], ["Hi", "Ho"]):
+            with model.hooks(fwd_hooks=[(name, look) for name in some]):
+                seen.clear()
+                found, way = drawn(model, prompts)
+                assert way == "twin" and all(len(tokens) == NEW for tokens in found.values())
+                ours = list(seen)
+                seen.clear()
+                check_generated(found, generated(model, prompts))
+            assert [name for name, _ in ours] == [name for name, _ in seen] and len(ours) >= NEW
+            for (name, mine), (_, own) in zip(ours, seen, strict=True):
+                assert mine.shape == own.shape and mine.dtype == own.dtype, name
+                hidden = own.isinf()
+                assert torch.equal(mine.isinf(), hidden), name
+                apart, most = (mine - own)[~hidden].abs().max(), own[~hidden].abs().max()
+                assert apart <= 1e-5 * max(1.0, float(most)), name
+
+
+@pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.slow
+def test_edits_inside_the_attention_of_the_embedded_model() -> None:
+    model = sims.load("embedded", kind="hooked")
+    prompts = sims.everyday(3)
+    assert len({len(adapt(model).encode(prompt)) for prompt in prompts}) > 1
+    plain, _ = drawn(model, prompts, max_new_tokens=8)
+    for name in ("hook_z", "hook_pattern"):
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.{name}", EDITS[name]) for layer in (3, 10)]):
+            found, way = drawn(model, prompts, max_new_tokens=8)
+            assert way == "twin" and found != plain
+            for prompt in prompts:
+                check_generated({prompt: found[prompt]}, generated(model, [prompt], 8))
+
+
+@pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
+def test_hooks_that_would_see_different_rows_take_the_slow_road(zoo: Any) -> None:
+    llama = zoo("llama", "hooked")
+    hooks = [("blocks.1.attn.hook_pattern", not_the_first_token), ("blocks.1.attn.hook_z", one_head_less)]
+    with llama.hooks(fwd_hooks=hooks):
+        found, way = drawn(llama, ["Hi", "Ho"])
+        assert "hook_pattern" in way and "hook_z" in way and "different rows" in way
+        check_generated(found, generated(llama, ["Hi", "Ho"]))
+    with llama.hooks(fwd_hooks=[hooks[0], ("blocks.2.attn.hook_attn_scores", not_itself)]):
+        found, way = drawn(llama, ["Hi", "Ho"])
+        assert way == "twin"
+        check_generated(found, generated(llama, ["Hi", "Ho"]))
+
+
+@pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
+def test_a_plan_beside_a_hook_inside_the_attention(zoo: Any) -> None:
+    llama = zoo("llama", "hooked")
+    with llama.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", not_the_first_token)]):
+        alone, _ = drawn(llama)
+        found, way = drawn(llama, plan=PLANS["half-life"])
+        assert way == "twin" and found != alone
+        check_greedy(llama, found, PLANS["half-life"])
 
 
 Undo = Callable[[], Any]

@@ -28,6 +28,7 @@ class Attached:
     Args:
         points: the HookPoints that something is attached to, by name.
         watched: whether it is somebody else's, not only a plan's or a reader's.
+        theirs: names of the HookPoints that somebody else's hooks are attached to.
         strange: what no twin can honour, else "".
         spares_prompts: whether it is only plans that leave prompts alone, save their last token.
     """
@@ -36,6 +37,7 @@ class Attached:
     watched: bool
     strange: str
     spares_prompts: bool = False
+    theirs: frozenset[str] = frozenset()
 
 
 def attached(model: Any) -> Attached:
@@ -44,7 +46,8 @@ def attached(model: Any) -> Attached:
         return _strange("a hook is attached to all modules of PyTorch")
     tracker = model.__dict__.get(TRACKER)
     points: dict[str, Any] = {}
-    watched, spares = False, True
+    theirs: set[str] = set()
+    spares = True
     for module in model.modules():
         kind = type(module).__name__
         if module._backward_hooks or module._backward_pre_hooks:
@@ -60,11 +63,12 @@ def attached(model: Any) -> Attached:
             continue
         if kind != "HookPoint":
             return _strange(f"a hook is attached to a {kind}, which is no HookPoint")
-        watched = watched or not all(_ours(hook) for hook in hooks)
+        if not all(_ours(hook) for hook in hooks):
+            theirs.add(str(module.name))
         spares = spares and all(_spares_prompts(hook) for hook in hooks)
         if STEERING not in str(module.name):  # those of a plan are fired by its own module
             points[str(module.name)] = module
-    return Attached(points, watched, "", spares)
+    return Attached(points, bool(theirs), "", spares, frozenset(theirs))
 
 
 def _strange(why: str) -> Attached:

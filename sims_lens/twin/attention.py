@@ -6,9 +6,13 @@ one matrix product. What a row adds itself lies in a block that is allocated bef
 A row's result is the same, bit for bit, whatever stands beside it in the batch (on a CPU, where it is tested). For
 that, widths are multiples of :data:`STEP` columns, matrix products have at least :data:`LEAST` rows, and what is not
 there is masked at the end of a block, where it adds exact zeros.
+
+Somebody may look inside (:class:`Inside`): then scores and weights are brought into the shape that they have in the
+model, rows of one length at a time, shown, and taken back as they come.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -29,6 +33,56 @@ _SCORES = 1 << 24
 """Attention scores at a time where there is no fused kernel for them."""
 
 
+@dataclass(frozen=True)
+class Inside:
+    """HookPoints inside one layer's attention; each is called with a tensor, and what it gives back takes its place.
+
+    What they are shown is what the model's own forward pass shows them when it runs rows of one length, without
+    padding. Rows of different lengths are therefore shown one length after the other: a column is the same token in
+    every row, which in a padded batch it is not.
+
+    Args:
+        keys: shown all keys so far, after rotation, ``[row, key_pos, kv_head, d_head]``; what is kept of them, for the
+            tokens to come, is without its edits, as in the model.
+        scores: shown the scores, ``[row, head, pos, key_pos]``, minus infinity where a key is hidden.
+        pattern: shown the weights, ``[row, head, pos, key_pos]``.
+    """
+
+    keys: Callable[[Tensor], Tensor] | None = None
+    scores: Callable[[Tensor], Tensor] | None = None
+    pattern: Callable[[Tensor], Tensor] | None = None
+
+    def shown_keys(
+        self, key: Float[Tensor, "row kv_head key_pos d_head"]
+    ) -> Float[Tensor, "row kv_head key_pos d_head"]:
+        """The keys as the HookPoint leaves them."""
+        if self.keys is None:
+            return key
+        # a copy: what a hook writes in place must not be kept
+        own = key.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return self.keys(own).transpose(1, 2)
+
+    def weights(
+        self,
+        scores: Float[Tensor, "row head pos key_pos"],
+        hidden: Bool[Tensor, "pos key_pos"] | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "row head pos key_pos"]:
+        """Attention weights of scaled scores, as the HookPoints leave them."""
+        dtype = scores.dtype
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        if self.scores is not None:
+            scores = self.scores(scores)
+        weights = scores.softmax(-1)
+        weights = torch.where(weights.isnan(), 0.0, weights)  # a hook may hide every key
+        if self.pattern is not None:
+            weights = self.pattern(weights)
+        return weights.to(dtype)
+
+
 @runtime_checkable
 class Memory(Protocol):
     """What a model asks for attention: it keeps the new keys and values, as it sees fit."""
@@ -43,6 +97,7 @@ class Memory(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        inside: Inside | None = None,
     ) -> Float[Tensor, "batch head pos d_value"]:
         """The new tokens' attention to all tokens so far, themselves included.
 
@@ -54,6 +109,7 @@ class Memory(Protocol):
             scale: multiplies the scores.
             window: a token sees itself and the ``window - 1`` before it; all where None.
             softcap: scores are ``softcap * tanh(scores / softcap)``.
+            inside: who looks on; None where nobody does, which is faster.
         """
         ...
 
@@ -101,12 +157,19 @@ class PromptMemory:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        inside: Inside | None = None,
     ) -> Float[Tensor, "batch head pos d_value"]:
         """See :class:`Memory`."""
         assert layer == self.first + len(self.keys)
         self.keys.append(key)
         self.values.append(value)
         (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
+        if inside is not None:
+            rows = (query * scale).reshape(batch, kv_heads, -1, query.shape[-1])
+            scores = (rows @ inside.shown_keys(key).mT).view(batch, heads, length, length)
+            at = torch.arange(length, device=query.device)
+            weights = inside.weights(scores, ~causal(at[:, None], at[None], window), softcap).expand_as(scores)
+            return (weights.reshape(batch, kv_heads, -1, length) @ value).view(batch, heads, length, -1)
         if softcap is None and (window is None or window >= length):
             # the kernel's threads share out one buffer by length: at an odd place products add in another order
             pad = (0, 0, 0, columns(length) - length if length < _ALIGNED else 0)
@@ -263,6 +326,7 @@ class ResponseMemory:
         self.at, self._step = list(positions), width
         self._rows: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}
+        self._alike: list[tuple[int, int, slice | Tensor, Tensor]] | None = None
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows only."""
@@ -281,6 +345,7 @@ class ResponseMemory:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        inside: Inside | None = None,
     ) -> Float[Tensor, "batch head pos d_value"]:
         """See :class:`Memory`."""
         layer -= self.prefixes.first
@@ -295,13 +360,77 @@ class ResponseMemory:
         width, own = prefix_keys.shape[2], own_keys.shape[2]
         rows = (query * scale).reshape(batch, kv_heads, -1, query.shape[-1])
         scores = rows.new_empty(*rows.shape[:-1], width + own)
-        scores[..., :width] = group.gather(group.spread(rows) @ prefix_keys.mT)
-        scores[..., width:] = rows @ own_keys.mT
+        if inside is None or inside.keys is None:
+            scores[..., :width] = group.gather(group.spread(rows) @ prefix_keys.mT)
+            scores[..., width:] = rows @ own_keys.mT
         scores = scores.view(batch, kv_heads, -1, new, width + own)
-        weights = _softmax(scores, self._mask(window, width, own, query.device), softcap).flatten(2, 3)
+        if inside is None:
+            weights = _softmax(scores, self._mask(window, width, own, query.device), softcap)
+        else:
+            weights = self._shown(inside, scores, rows, prefix_keys, own_keys, window=window, softcap=softcap)
+        weights = weights.flatten(2, 3)
         found = weights[..., width:] @ own_values
         found += group.gather(group.spread(weights[..., :width]) @ prefix_values)
         return found.view(batch, heads, new, -1)
+
+    def _shown(
+        self,
+        inside: Inside,
+        scores: Float[Tensor, "row kv_head group pos all"],
+        rows: Float[Tensor, "row kv_head group_pos d_head"],
+        prefix_keys: Float[Tensor, "slot kv_head width d_head"],
+        own_keys: Float[Tensor, "row kv_head own d_head"],
+        *,
+        window: int | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "row kv_head group pos all"]:
+        """The weights, laid out as the scores are, once rows of each length have been shown to who looks on.
+
+        The scores are not looked at where the keys are shown: they are worked out anew from what comes back.
+        """
+        width, new = prefix_keys.shape[2], self._step
+        weights = torch.zeros_like(scores)
+        for length, at, members, slots in self._by_length(scores.device):
+            own = at + new
+            if inside.keys is None:
+                some = scores[members]
+                some = torch.cat([some[..., :length], some[..., width : width + own]], dim=-1).flatten(1, 2)
+            else:
+                keys = torch.cat([prefix_keys[slots][:, :, :length], own_keys[members][:, :, :own]], dim=2)
+                some = rows[members] @ inside.shown_keys(keys).mT
+                some = some.view(len(some), -1, new, length + own)
+            column = torch.arange(length + own, device=scores.device)
+            alone = new == 1 and (window is None or window >= length + own)
+            hidden = None if alone else ~causal(column[length + at :, None], column[None], window)
+            found = (
+                inside.weights(some, hidden, softcap)
+                .expand_as(some)
+                .reshape(len(some), *scores.shape[1:4], length + own)
+            )
+            weights[members, ..., :length] = found[..., :length]
+            weights[members, ..., width : width + own] = found[..., length:]
+        return weights
+
+    def _by_length(self, device: torch.device) -> list[tuple[int, int, slice | Tensor, Tensor]]:
+        """Rows that are of one length: tokens of the prompt, own tokens before the step, which rows, their slots.
+
+        Rows of one length whose prompts differ in length are of one length all the same, but lie in memory in another
+        way: they are shown apart.
+        """
+        if self._alike is None:
+            alike: dict[tuple[int, int], list[int]] = {}
+            for row, (slot, at) in enumerate(zip(self.slots, self.at, strict=True)):
+                alike.setdefault((self.prefixes.lengths[slot], at), []).append(row)
+            self._alike = [
+                (
+                    length,
+                    at,
+                    slice(None) if len(alike) == 1 else torch.tensor(rows, device=device),
+                    torch.tensor([self.slots[row] for row in rows], device=device),
+                )
+                for (length, at), rows in alike.items()
+            ]
+        return self._alike
 
     def _own(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """A row's own keys and values so far, the new ones among them, up to a multiple of :data:`STEP`."""
@@ -372,4 +501,15 @@ def _taller(block: Tensor, rows: int) -> Tensor:
     return grown
 
 
-__all__ = ["LEAST", "STEP", "Grouping", "Memory", "PromptMemory", "Prefixes", "ResponseMemory", "causal", "columns"]
+__all__ = [
+    "LEAST",
+    "STEP",
+    "Grouping",
+    "Inside",
+    "Memory",
+    "PromptMemory",
+    "Prefixes",
+    "ResponseMemory",
+    "causal",
+    "columns",
+]

@@ -53,6 +53,11 @@ class Twin(ABC):
         """Names of the HookPoints that it can fire."""
 
     @property
+    def by_length(self) -> frozenset[str]:
+        """Of :attr:`fires`, those that are shown rows of one length at a time: see :class:`Inside`."""
+        return frozenset()
+
+    @property
     def least_rows(self) -> int:
         """Rows that a batch must have for a row's result not to depend on the others."""
         return 2 if self.packed and not one_row_will_do() else 1

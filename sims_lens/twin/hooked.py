@@ -2,8 +2,9 @@
 
 A ``HookedTransformer`` brings its weights into another layout at every forward pass, rotates every cached key anew at
 every step, and calls some two hundred HookPoints. This runs the same weights without; it fires the HookPoints that
-something is attached to, in the same order and with tensors of the same shapes, save those inside of the attention
-(scores, pattern, rotated keys and queries), of which it has no such tensors.
+something is attached to, in the same order and with tensors of the same shapes. Scores, weights and rotated keys are
+worked out where somebody looks at them, and shown for rows of one length at a time
+(:class:`~sims_lens.twin.attention.Inside`).
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from sims_lens.twin.attention import Memory
+from sims_lens.twin.attention import Inside, Memory
 from sims_lens.twin.base import Cut, Points, Twin, Unsupported, linear
 
 _PLAIN = {
@@ -33,9 +34,7 @@ _PLAIN = {
             "ungroup_grouped_query_attention",
             "use_attention_sinks",
             "use_attn_in",
-            "use_attn_result",
             "use_dynamic_ntk_rope",
-            "use_hook_mlp_in",
             "use_hook_tokens",
             "use_logn_attn",
             "use_split_qkv_input",
@@ -48,19 +47,29 @@ _PLAIN = {
 _OWN_FORMS = ("Olmo", "Bert", "T5", "Mixtral", "GptOss")
 """Architectures whose blocks ``HookedTransformer`` treats as cases of their own."""
 
+_NORMS = ("ln1", "ln1_post", "ln2", "ln2_post")
+
+_INSIDE = ("attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")
+"""HookPoints of a block that are shown rows of one length at a time, in the order of the arguments of ``Inside``."""
+
 _BLOCK = (
     "hook_resid_pre",
     "attn.hook_q",
     "attn.hook_k",
     "attn.hook_v",
+    "attn.hook_rot_q",
+    *_INSIDE,
     "attn.hook_z",
+    "attn.hook_result",
     "hook_attn_out",
     "hook_resid_mid",
+    "hook_mlp_in",
     "mlp.hook_pre",
     "mlp.hook_pre_linear",
     "mlp.hook_post",
     "hook_mlp_out",
     "hook_resid_post",
+    *(f"{norm}.{point}" for norm in _NORMS for point in ("hook_scale", "hook_normalized")),
 )
 
 
@@ -86,14 +95,19 @@ class HookedTwin(Twin):
         if cfg.positional_embedding_type == "standard":
             self.positions = model.pos_embed.W_pos.detach().to(dtype)
         self.blocks = [_Block(block, index, dtype, packed=packed) for index, block in enumerate(model.blocks)]
-        self.norm = _Norm(model.ln_final, dtype)
+        self.norm = _Norm(model.ln_final, dtype, "ln_final")
         self.unembed = linear(model.unembed.W_U.T, model.unembed.b_U, dtype, packed=packed)
 
     @property
     def fires(self) -> frozenset[str]:
         """See :attr:`Twin.fires`."""
         inside = {f"blocks.{i}.{name}" for i in range(len(self.blocks)) for name in _BLOCK}
-        return frozenset({"hook_embed", "hook_pos_embed"} | inside)
+        return frozenset({"hook_embed", "hook_pos_embed", *self.norm.points} | inside)
+
+    @property
+    def by_length(self) -> frozenset[str]:
+        """See :attr:`Twin.by_length`."""
+        return frozenset(f"blocks.{i}.{name}" for i in range(len(self.blocks)) for name in _INSIDE)
 
     def logits(
         self,
@@ -118,7 +132,10 @@ class HookedTwin(Twin):
             if cut is not None and cut.block == block.index:
                 cut.stream = stream
             stream = block(stream, positions, memory, points, turns)
-        logits: Tensor = self.unembed(self.norm(stream[:, stream.shape[1] - keep :]))
+        first = stream.shape[1] - keep
+        shown = self.norm.shown(points)  # all columns, then
+        kept = self.norm(stream, points)[:, first:] if shown else self.norm(stream[:, first:])
+        logits: Tensor = self.unembed(kept)
         cap = self.cfg.output_logits_soft_cap
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
@@ -131,6 +148,7 @@ class _Block:
         self.name = {name: f"blocks.{index}.{name}" for name in _BLOCK}
         attn, mlp = block.attn, block.mlp
         self.grouped = self.cfg.n_key_value_heads is not None
+        self.inner_names = [self.name[name] for name in _INSIDE]
 
         def heads(name: str) -> tuple[Tensor, Tensor]:
             own = getattr(attn, f"_W_{name}" if self.grouped and name != "Q" else f"W_{name}")
@@ -148,8 +166,8 @@ class _Block:
         self.plain_mlp = mlp
         self.back = linear(mlp.W_out.T, mlp.b_out, dtype, packed=packed)
         self.norms = {
-            name: _Norm(getattr(block, name), dtype)
-            for name in ("ln1", "ln1_post", "ln2", "ln2_post")
+            name: _Norm(getattr(block, name), dtype, f"blocks.{index}.{name}")
+            for name in _NORMS
             if hasattr(block, name)
         }
         self.q_norm, self.k_norm = (
@@ -161,17 +179,19 @@ class _Block:
     ) -> Tensor:
         name, norms = self.name, self.norms
         stream = _at(points, name["hook_resid_pre"], stream)
-        attn_out = self.attention(norms["ln1"](stream), positions, memory, points, turns)
+        attn_out = self.attention(norms["ln1"](stream, points), positions, memory, points, turns)
         if "ln1_post" in norms:
-            attn_out = norms["ln1_post"](attn_out)
+            attn_out = norms["ln1_post"](attn_out, points)
         attn_out = _at(points, name["hook_attn_out"], attn_out)
         if self.cfg.parallel_attn_mlp:
             middle, mlp_in = stream + attn_out, stream
         else:
             middle = mlp_in = _at(points, name["hook_resid_mid"], stream + attn_out)
-        mlp_out = self.mlp(norms["ln2"](mlp_in), points)
+        if self.cfg.use_hook_mlp_in and name["hook_mlp_in"] in points:
+            mlp_in = _at(points, name["hook_mlp_in"], mlp_in.clone())
+        mlp_out = self.mlp(norms["ln2"](mlp_in, points), points)
         if "ln2_post" in norms:
-            mlp_out = norms["ln2_post"](mlp_out)
+            mlp_out = norms["ln2_post"](mlp_out, points)
         return _at(points, name["hook_resid_post"], middle + _at(points, name["hook_mlp_out"], mlp_out))
 
     def attention(
@@ -189,7 +209,8 @@ class _Block:
             if kind not in turns:
                 turns[kind] = self.turn(positions)
             query, key = (self.rotated(part, *turns[kind]) for part in (query, key))
-        found = memory.attend(
+            query = _at(points, self.name["attn.hook_rot_q"], query)
+        found: Tensor = memory.attend(
             self.index,
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -197,9 +218,21 @@ class _Block:
             scale=1 / self.attn.attn_scale,
             window=self.cfg.window_size if self.attn.attn_type == "local" else None,
             softcap=cap if (cap := self.cfg.attn_scores_soft_cap) > 0 else None,
+            inside=self.inside(points),
         )
         mixed = _at(points, self.name["attn.hook_z"], found.transpose(1, 2))
-        return self.out(mixed.flatten(2))  # type: ignore[no-any-return]
+        if self.cfg.use_attn_result and self.name["attn.hook_result"] in points:
+            each = torch.einsum("bphd,hdm->bphm", mixed, self.attn.W_O.detach().to(self.dtype))
+            bias: Tensor = self.attn.b_O.detach().to(self.dtype)
+            result: Tensor = _at(points, self.name["attn.hook_result"], each)
+            return result.sum(2) + bias
+        out: Tensor = self.out(mixed.flatten(2))
+        return out
+
+    def inside(self, points: Points) -> Inside | None:
+        """What is attached inside the attention; None where nothing is."""
+        looking = [points.get(name) for name in self.inner_names] if points else []
+        return Inside(*looking) if any(point is not None for point in looking) else None
 
     def mlp(self, values: Tensor, points: Points) -> Tensor:
         parts = self.into(values)
@@ -249,9 +282,11 @@ class _Joined:
 
 
 class _Norm:
-    """LayerNorm or RMSNorm, with or without weights, in one kernel, which sums in float32 at least."""
+    """LayerNorm or RMSNorm, with or without weights, in one kernel, which sums in float32 at least; where somebody is
+    attached to its HookPoints, by the model's own module."""
 
-    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+    def __init__(self, norm: Any, dtype: torch.dtype, name: str = "") -> None:
+        self.points = (f"{name}.hook_scale", f"{name}.hook_normalized")
         kind = type(norm).__name__
         if kind not in ("LayerNorm", "LayerNormPre", "RMSNorm", "RMSNormPre"):
             raise Unsupported(f"the model has a norm of the kind {kind}")
@@ -260,7 +295,14 @@ class _Norm:
         self.weight = None if weight is None else weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def shown(self, points: Points) -> bool:
+        """Whether somebody is attached to it."""
+        return bool(points) and any(name in points for name in self.points)
+
+    def __call__(self, values: Tensor, points: Points | None = None) -> Tensor:
+        if points and self.shown(points):
+            found: Tensor = self.norm(values.to(self.norm.cfg.dtype))
+            return found.to(self.dtype)
         size = values.shape[-1:]
         if self.centred:
             return functional.layer_norm(values, size, self.weight, self.bias, self.norm.eps)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional
 
 from sims_lens.adapter import adapt
 from sims_lens.sites import STEERING
@@ -158,7 +159,12 @@ def _compared(model: Any, twin: Twin, own: torch.dtype) -> str:
     with torch.inference_mode(), unhooked(model):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         expected, streams = _recorded(firing, lambda: adapter.logits(tokens, mask, keep=length))
-        found, own_streams = _recorded(firing, lambda: _in_steps(twin, tokens, firing))
+        # one after the other: where somebody looks inside attention it is worked out in another way
+        outer = {name: point for name, point in firing.items() if name not in twin.by_length}
+        inner = {name: point for name, point in firing.items() if name in twin.by_length}
+        found, own_streams = _recorded(outer, lambda: _in_steps(twin, tokens, outer))
+        if inner:
+            own_streams |= _recorded(inner, lambda: _in_steps(twin, tokens, inner))[1]
     log_p, log_q = expected.float().log_softmax(-1), found.float().log_softmax(-1)
     gap = float((log_p - log_q).abs().max())
     apart = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -173,7 +179,9 @@ def _compared(model: Any, twin: Twin, own: torch.dtype) -> str:
             a, b = streams[name].float(), own_streams[name].float()
             if a.shape != b.shape:
                 twin.refused[name] = f"has tensors of another shape, {list(b.shape)} for {list(a.shape)}"
-            elif not float((a - b).norm()) <= (_HALF_STREAM if half else _STREAM[own]) * float(a.norm()):
+            elif not torch.equal(a.isinf(), b.isinf()):
+                twin.refused[name] = "hides other keys"
+            elif not _distance(a, b) <= (_HALF_STREAM if half else _STREAM[own]) * _distance(a):
                 twin.refused[name] = "has other values"
     return ""
 
@@ -215,11 +223,22 @@ def _recorded(points: Points, run: Callable[[], Tensor]) -> tuple[Tensor, dict[s
     finally:
         for handle in handles:
             handle.remove()
-    return result, {name: _side_by_side(parts) for name, parts in seen.items()}
+    return result, {name: _side_by_side(name, parts) for name, parts in seen.items()}
 
 
-def _side_by_side(parts: list[Tensor]) -> Tensor:
+def _distance(a: Tensor, b: Tensor | None = None) -> float:
+    """Between two streams, or of one from zero; what is infinite does not count."""
+    a = a.masked_fill(a.isinf(), 0.0)
+    return float((a if b is None else a - b.masked_fill(b.isinf(), 0.0)).norm())
+
+
+def _side_by_side(name: str, parts: list[Tensor]) -> Tensor:
     """All passes' columns; where the second dimension is not the column, the first pass, which has the wrong shape."""
+    if name.endswith(("hook_attn_scores", "hook_pattern")):  # [batch head query key], later passes with more keys
+        most, hidden = max(part.shape[-1] for part in parts), -torch.inf if name.endswith("scores") else 0.0
+        return torch.cat([functional.pad(part, (0, most - part.shape[-1]), value=hidden) for part in parts], dim=-2)
+    if name.endswith("hook_rot_k"):  # every pass shows all keys so far
+        return parts[-1]
     fits = len({(*part.shape[:1], *part.shape[2:]) for part in parts}) == 1 and parts[0].ndim > 1
     return torch.cat(parts, dim=1) if fits else parts[0]
 

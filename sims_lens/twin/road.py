@@ -58,6 +58,10 @@ def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = No
             return Road(None, {}, f"something is attached to {name}, which the fast road does not pass")
         if name in found.refused:
             return Road(None, {}, f"something is attached to {name}, where the fast road {found.refused[name]}")
+    apart, together = sorted(now.theirs & found.by_length), sorted(now.theirs - found.by_length)
+    if apart and together:  # a hook at one may go by what a hook at the other saw
+        shown = f"hooks are attached to {apart[0]} and to {together[0]}"
+        return Road(None, {}, f"{shown}, which the fast road would show different rows at a time")
     return Road(found, now.points, "", now.watched, now.spares_prompts)
 
 
