@@ -22,7 +22,6 @@ GuardMode = Literal["act", "report", "off"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 LengthControl = Literal["report", "match", "regress"]
 Policy = Literal["all", "top_margin", "stratified", "recency", "random"]
-Weight = Literal["equal", "margin"]
 
 
 def _positive_int(name: str, value: Any, low: int = 1) -> None:
@@ -118,8 +117,6 @@ class ContrastConfig:
         per_prompt: pairs of one prompt, at most.
         min_margin: a prompt whose best and worst score differ by no more than this gives no pair (0 drops ties).
         length: what is done about best and worst differing in length: "report", "match" or "regress".
-        weight: how much a pair counts in the mean difference: "equal", or "margin", in proportion to its margin. With K
-            / 2 pairs of each prompt the latter uses every response by how far its score is from the others'.
     """
 
     memory: int | None = 1
@@ -128,7 +125,6 @@ class ContrastConfig:
     per_prompt: int = 1
     min_margin: float = 0.0
     length: str = "report"
-    weight: str = "equal"
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -141,8 +137,6 @@ class ContrastConfig:
                 raise ConfigError(f"policy 'all' takes every pair; with size = {self.size} choose another policy")
         _positive_int("per_prompt", self.per_prompt)
         _number("min_margin", self.min_margin, 0.0)
-        if self.weight not in get_args(Weight):
-            raise ConfigError(f"weight must be one of {', '.join(get_args(Weight))}, got {self.weight!r}")
         if self.length not in get_args(LengthControl):
             raise ConfigError(f"length must be one of {', '.join(get_args(LengthControl))}, got {self.length!r}")
 

@@ -72,8 +72,7 @@ def fit_contrast(
     """Capture the pairs' activations in one pass over all layers and fit the mean difference at each.
 
     Both responses of a pair are read with ``plan`` attached, averaged over response tokens: under one plan, so that a
-    constant addition at the site drops out of the difference. With ``contrast.weight = "margin"`` the difference of a
-    pair counts in proportion to its margin, in the mean, in its shuffled nulls and in its halves.
+    constant addition at the site drops out of the difference.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
@@ -102,11 +101,7 @@ def fit_contrast(
         with steering(model, plan):
             read = capture(model, [(encoded[prompt], s.tokens) for prompt, s in chosen], site=config.steering.site)
         means, median_norm = read.means, read.median_norm
-    weights = torch.ones(len(contrast.pairs))
-    if config.contrast.weight == "margin":
-        weights = torch.tensor([pair.margin for pair in contrast.pairs])
-    weights = (weights / weights.mean())[:, None, None].to(means)
-    best, worst = weights * means[0::2], weights * means[1::2]
+    best, worst = means[0::2], means[1::2]
     return Fit(
         mean_difference=mean_difference(best, worst),
         shuffled=shuffled_mean_differences(best, worst, count=config.evaluation.controls, seed=seed),

@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 
 import sims_lens as sims
-from sims_lens.adapter import adapt
 from sims_lens.errors import ConfigError, PlanError, PromptError, RankerError, RunError
 from sims_lens.iteration import candidate_layers, compose, compose_control
 from sims_lens.loop import choose_layer
@@ -520,24 +519,3 @@ def test_steered_and_unsteered_responses_are_ranked_together(model: Any, run: si
         assert ours[1].independent is not None and ours[1].independent.win_rate == ours[1].win_rate
     again = improve(model, tmp_path / "run", Relative(), evaluator=Relative())
     assert [e for _, e in again.rows()] == [e for _, e in other.rows()]
-
-
-def test_pairs_may_count_in_proportion_to_their_margin(model: Any, tmp_path: Path) -> None:
-    """The direction against the mean of the pairs' differences, each run by itself and weighted by hand."""
-    settings = replace(config(iterations=1), contrast=sims.ContrastConfig(per_prompt=1, weight="margin"))
-    run = improve(model, tmp_path / "run", config=settings)
-    samples = {(s.prompt, s.draw): s for s in run.samples(1, "train")}
-    adapter, differences, weights = adapt(model), [], []
-    for line in (run.path / "iterations/01/pairs.jsonl").read_text().splitlines():
-        pair = json.loads(line)
-        ends = [samples[pair["prompt"], pair[end]] for end in ("best", "worst")]
-        rows = [(adapter.encode(run.prompts[pair["prompt"]]), s.tokens) for s in ends]
-        best, worst = sims.capture(model, rows, site="resid_post").means
-        differences.append(best - worst)
-        weights.append(pair["margin"])
-    by_hand = sum(w * d for w, d in zip(weights, differences, strict=True)) / sum(weights)
-    torch.testing.assert_close(run.iterations[0].vectors, by_hand, atol=1e-4, rtol=1e-3)
-    plain = torch.stack(differences).mean(0)
-    assert not torch.allclose(by_hand, plain, atol=1e-3)
-    with pytest.raises(ConfigError, match="weight must be one of equal, margin, got 'score'"):
-        sims.ContrastConfig(weight="score")
