@@ -22,7 +22,7 @@ from sims_lens.plan import NOTHING, Intervention, SteeringPlan
 from sims_lens.scope import TRACKER
 from sims_lens.sites import SITES, STEERING
 from sims_lens.transforms import Ablation, Addition, Clamp, Rotation
-from sims_lens.twin import Twin, response_logits, road, run_responses, telling, twin_of
+from sims_lens.twin import Prefixes, PromptMemory, Twin, response_logits, road, run_responses, telling, twin_of
 
 SCOPES = ("all", "prompt", "last_prompt", "response", "generation")
 PROMPTS = ["Hi", "Tell me of rain.", "A", "What is a long question about?"]
@@ -736,6 +736,24 @@ def test_a_model_can_be_trained_after_long_texts_were_sampled() -> None:
         parameter.requires_grad_(True)
     model(random_tokens()).sum().backward()
     assert gap(response_logits(model, prompts, replies), adapt(model).response_logits(prompts, replies), replies) < 1e-3
+
+
+def test_room_for_prompts_is_made_once() -> None:
+    def memory(prompts: int, length: int) -> PromptMemory:
+        made = PromptMemory()
+        made.keys, made.values = [torch.randn(prompts, 2, length, 4)], [torch.randn(prompts, 2, length, 4)]
+        return made
+
+    prefixes, parts = Prefixes(), [memory(2, 5), memory(1, 20)]
+    prefixes.reserve(3, 20)
+    slots = prefixes.add(parts[:1])
+    block = prefixes.keys[0]
+    slots += prefixes.add(parts[1:])
+    assert slots == [0, 1, 2] and prefixes.lengths == [5, 5, 20] and prefixes.keys[0] is block
+    assert torch.equal(block[:2, :, :5], parts[0].keys[0]) and torch.equal(block[2:, :, :20], parts[1].keys[0])
+    prefixes.free(1)
+    prefixes.reserve(2, 3)
+    assert prefixes.add([memory(2, 3)]) == [1, 3] and torch.equal(prefixes.keys[0][[0, 2]], block[[0, 2]])
 
 
 # --- other architectures ---------------------------------------------------------------------------------------------

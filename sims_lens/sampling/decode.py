@@ -228,6 +228,7 @@ class Decoder:
         tokens = torch.tensor(newest, device=self.device)
         tokens, positions = tokens[:, None], positions[:, None]
         cut = None if self.beside is None else Cut(self.beside.block)
+        self.logits = None  # or those of two steps would be there at once
         self.logits = self.twin.logits(tokens, positions, self.memory, keep=1, points=points, cut=cut)[:, -1]
         if self.beside is not None and cut is not None:
             self.beside_logits = self.beside.run_step(self.twin, tokens, positions, points, cut, self.memory)

@@ -203,6 +203,13 @@ class Prefixes:
         self.values: list[Float[Tensor, "slot kv_head width d_value"]] = []
         self.lengths: list[int] = []
         """Tokens of the prompt in each slot; 0 where it is free."""
+        self._ahead = (0, 0)
+
+    def reserve(self, count: int, length: int) -> None:
+        """So many prompts are to be added, of that many tokens at most: room is made for all of them at once, where
+        growing with each :meth:`add` would leave the memory of every smaller block behind."""
+        taken = sum(own > 0 for own in self.lengths)
+        self._ahead = (taken + count, columns(length))
 
     def add(self, memories: Sequence[PromptMemory], *, room: int = 0) -> list[int]:
         """Keep prompts, with room for more tokens of them; says in which slots."""
@@ -212,7 +219,9 @@ class Prefixes:
         self.lengths += [0] * (max(slots) + 1 - len(self.lengths))
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
-        width = max(columns(max(lengths) + room), self.keys[0].shape[2] if self.keys else 0)
+        width = max(columns(max(lengths) + room), self.keys[0].shape[2] if self.keys else 0, self._ahead[1])
+        rows = max(len(self.lengths), self._ahead[0])
+        self._ahead = (0, 0) if len(self.lengths) >= self._ahead[0] else self._ahead
         for kept, blocks in (
             (self.keys, [memory.keys for memory in memories]),
             (self.values, [memory.values for memory in memories]),
@@ -221,8 +230,9 @@ class Prefixes:
                 if len(kept) == layer:
                     kept.append(parts[0].new_zeros(0, parts[0].shape[1], width, parts[0].shape[3]))
                 old = kept[layer]
-                if old.shape[0] < len(self.lengths) or old.shape[2] < width:
-                    kept[layer] = old.new_zeros(len(self.lengths), old.shape[1], width, old.shape[3])
+                if old.shape[0] < rows or old.shape[2] < width:
+                    rows = max(rows, old.shape[0])
+                    kept[layer] = old.new_zeros(rows, old.shape[1], width, old.shape[3])
                     kept[layer][: old.shape[0], :, : old.shape[2]] = old
                 at = 0
                 for block in parts:

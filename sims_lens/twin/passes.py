@@ -186,6 +186,7 @@ def run_prompts(
     slots, logits = [0] * len(prompts), [torch.empty(0)] * len(prompts)
     apart = [bodies is not None and len(prompt) > 1 for prompt in prompts]
     spent = TokenCount(logits=len(prompts))
+    prefixes.reserve(len(prompts), max(map(len, prompts)))
     for length, group in _by_length(prompts, [i for i, own in enumerate(apart) if not own]):
         ids = [list(prompts[index]) for index in group]
         count = len(ids)
