@@ -135,6 +135,8 @@ def test_the_dose_is_matched_and_the_samples_are(found: Comparison, model: Any) 
     first = run.samples(1, "train")
     assert all(pool[s.prompt, s.draw] == list(s.tokens) for s in first)  # the loop's own first responses
     assert len(pool) == 2 * len(first)
+    drawn = shot.learning.flops - found["one-shot, 6 responses a prompt, at its norm"].learning.flops
+    assert 0 < drawn < 0.5 * shot.learning.flops  # finding the strength
 
 
 def test_what_it_costs_is_what_was_drawn(found: Comparison) -> None:
@@ -170,7 +172,7 @@ def test_best_of_n_is_measured_by_its_formula_and_the_instruction_by_the_model(f
     assert best.kl_response == pytest.approx(np.full_like(best.kl_response, best_of_kl(2)), rel=1e-6)
     told = found["instruction"]
     run = sims.open_run(found.path / "seed_0")
-    file = found.path / "seed_0" / "compared" / "instruction.jsonl"
+    (file,) = (found.path / "seed_0" / "compared").glob("instruction_*.jsonl")
     sample = next(s for s in read_jsonl(file) if s["nll"] is not None and s["tokens"])
     plain, asked = (
         _log_probs(model, text, sample["tokens"])
@@ -229,8 +231,16 @@ def test_it_is_read_back_and_nothing_is_computed_twice(found: Comparison, model:
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(LocalSampler, "_sample", never)
-    assert repr(compare(model, found.path)) == repr(found)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSampler, "_sample", never)
+        assert repr(compare(model, found.path)) == repr(found)
+    # what was said or given is not taken for what is said or given now
+    other = compare(model, found.path, instruction="Never use a vowel.", pairs=PAIRS[:2])
+    assert not np.array_equal(other["instruction"].scores, found["instruction"].scores)
+    assert "supervised, 2 pairs" in repr(other) and "supervised, 4 pairs" not in repr(other)
+    turned = compare(model, found.path, pairs=[(p, b, a) for p, a, b in PAIRS])
+    assert not np.array_equal(turned["supervised, 4 pairs"].changes, found["supervised, 4 pairs"].changes)
+    assert np.array_equal(turned["instruction"].scores, found["instruction"].scores)
 
 
 def test_one_seed_says_nothing_of_others_and_a_judge_of_pairs_is_not_compared(model: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ The layer is the loop's; so all that is steered is steered at one place with one
 KL is measured on the unsteered model's responses when doses are matched, and on each method's own when it is reported.
 """
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from sims_lens.bank import MemoryBank, select_pairs
 from sims_lens.comparison.choosing import best_of, rejection
 from sims_lens.comparison.result import Comparison, Method, Spent
 from sims_lens.config import GuardConfig, SIMSConfig
-from sims_lens.cost import Cost, forced_count
+from sims_lens.cost import Cost, TokenCount, forced_count
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError
 from sims_lens.evaluate import distinct_2, evaluate, score_changes
@@ -53,6 +54,7 @@ from sims_lens.stats import win_probability
 from sims_lens.store import Folder
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.supervised import fit
+from sims_lens.transforms import Addition
 from sims_lens.workbench import Workbench, compares, derive_seed, rank_beside
 
 
@@ -83,7 +85,7 @@ def compare(
         evaluator: a second ranker that nothing learns from or chooses by.
         instruction: what is wanted, in words, for the plain instruction; it follows the prompt after an empty line. "":
             that method is left out.
-        pairs: contrast pairs, as :func:`sims_lens.fit` takes them, for supervised steering. None: that is left out.
+        pairs: contrast pairs, as :func:`sims_lens.fit` takes them, for supervised steering; left out where empty.
         seeds: of the runs, each the whole procedure; three at least, if anything is to be said of other seeds.
         config: of the loop. ``seed`` is replaced by each of ``seeds``. By default the guard only reports: one that acts
             chooses the loop's plan on the very prompts that all is measured on.
@@ -108,8 +110,7 @@ def compare(
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="sims-comparison-"))
     shares = config.evaluation
     split_seed = config.seed if shares.split_seed is None else shares.split_seed
-    found: list[dict[str, _Measured]] = []
-    controls: list[float] = []
+    benches = []
     for seed in numbers:
         own = replace(config, seed=seed, evaluation=replace(shares, split_seed=split_seed))
         path = folder / f"seed_{seed}"
@@ -117,8 +118,10 @@ def compare(
         run = improve(model, prompts, **given, progress=progress)  # type: ignore[arg-type]
         bench = _Bench.begin(model, prompts, **given)  # type: ignore[arg-type]
         bench.run = run
-        found.append(bench.methods(instruction, pairs, show=progress))
-        controls += [control.difference.estimate for control in run.controls]
+        benches.append(bench)
+    most = max(2, round(float(np.mean([bench.budget for bench in benches]))))  # one N for all seeds
+    found = [bench.methods(instruction, pairs, most, show=progress) for bench in benches]
+    controls = [control.difference.estimate for bench in benches for control in bench.run.controls]
     names = [name for name in found[0] if all(name in others for others in found)]
     comparison = Comparison(
         methods=tuple(_method(name, [measured[name] for measured in found]) for name in names),
@@ -238,17 +241,33 @@ class _Bench(Workbench):
         """How far a plan moves the model, on its own first responses, as the loop measures it."""
         return Divergence(self.model, self.prompts, self.first)
 
-    def methods(self, instruction: str, pairs: Sequence[object], *, show: bool) -> dict[str, _Measured]:
-        """Every method by name."""
-        run = self.run
-        turns = range(1, run.config.iterations + 1)
-        steps = [_after(run, t) for t in turns]
-        many = [t * self.config.sampling.responses for t in turns]
+    @cached_property
+    def steps(self) -> list[Iteration | None]:
+        """What the loop's plan was taken from after each turn."""
+        return [_after(self.run, t) for t in range(1, self.run.config.iterations + 1)]
+
+    @cached_property
+    def budget(self) -> float:
+        """Responses of the unsteered model for each answer that take as many tokens as the loop in all."""
+        loop = list(self.loop(self.run, self.steps))[-1][1]
         answers = len(self.base_samples)
-        plans = len(turns) + 2 + bool(pairs) + bool(instruction)
-        with Progress(len(self.indices("train")) * many[-1] + (plans + 4) * answers, show=show) as self.bar:
+        tokens = loop.learning.tokens + answers * loop.answering.tokens
+        return tokens / (answers * self.answering(self.base_samples).tokens)
+
+    @cached_property
+    def wanted(self) -> dict[int, float]:
+        """KL of the loop's plans, by iteration, where it was asked for."""
+        return {}
+
+    def methods(self, instruction: str, pairs: Sequence[object], most: int, *, show: bool) -> dict[str, _Measured]:
+        """Every method by name; ``most`` is the largest N."""
+        run, steps = self.run, self.steps
+        turns = len(steps)
+        plans = 1 + (turns + 1) * (turns > 1) + bool(pairs) + bool(instruction) + most
+        train = len(self.indices("train")) * self.config.sampling.responses * turns
+        with Progress(train + plans * len(self.base_samples), show=show) as self.bar:
             found = dict(self.loop(run, steps))
-            found |= self.one_shot(steps, many)
+            found |= self.one_shot(steps)
             if pairs:
                 found |= self.supervised(pairs, steps[-1])
             if instruction:
@@ -256,7 +275,7 @@ class _Bench(Workbench):
             found |= self.random(steps[-1])
             loop = list(found.values())[len(steps) - 1]
             found |= self.shuffled(run, loop)
-            found |= self.chosen(loop)
+            found |= self.chosen(most)
         self.kept.finish()
         return found
 
@@ -311,17 +330,20 @@ class _Bench(Workbench):
                 _Measured("loop", "", samples, base, learning, self.answering(samples), norm),
             )
 
-    def one_shot(self, steps: Sequence[Iteration | None], many: Sequence[int]) -> dict[str, _Measured]:
-        """The unsteered model's responses, as many as the loop had drawn; the first ones are the loop's own."""
-        seed = derive_seed(self.config.seed, "train", 1)
-        pool = self.ranked(
-            self.kept, "pool", "train", NOTHING, n=many[-1], seed=seed, what="one-shot: training responses"
-        )
+    def one_shot(self, steps: Sequence[Iteration | None]) -> dict[str, _Measured]:
+        """The unsteered model's responses, as many as the loop had drawn; the first ones are the loop's own. Where the
+        loop had stopped before its last turn they are fewer than the name says."""
+        each, done = self.config.sampling.responses, len(self.run.iterations)
+        if len(steps) == 1:  # with one iteration the loop is one-shot
+            return {}
+        seed, what = derive_seed(self.config.seed, "train", 1), "one-shot: training responses"
+        pool = self.ranked(self.kept, "pool", "train", NOTHING, n=each * done, seed=seed, what=what)
         found: dict[str, _Measured] = {}
-        for t, (step, count) in enumerate(zip(steps, many, strict=True), start=1):
-            if step is None or t == 1:  # with one iteration the loop is one-shot
+        for t, step in enumerate(steps, start=1):
+            if step is None or t == 1:
                 continue
-            samples = [s for s in pool if s.draw < count]
+            count, drawn = each * t, each * min(t, done)
+            samples = [s for s in pool if s.draw < drawn]
             if compares(self.ranker):
                 samples = rank(self.ranker, self.prompts, samples)
             learning = self.choosing() + self.spent(samples)
@@ -330,8 +352,7 @@ class _Bench(Workbench):
             if t == len(steps):
                 wanted[f"one-shot, {count} responses, {t} pairs a prompt"] = t * usual
             for name, per_prompt in wanted.items():
-                label = f"one_shot_{count}_{per_prompt}"
-
+                label = f"one_shot_{drawn}_{per_prompt}"
                 direction = self.direction(label, samples, per_prompt)
                 found |= self.steered(name, "one-shot", label, direction, step, learning)
                 if t == len(steps) and per_prompt == usual:
@@ -346,7 +367,7 @@ class _Bench(Workbench):
             chosen = select_pairs(
                 MemoryBank().add(samples, iteration=1),
                 policy=contrast.policy,
-                size=None if contrast.size is None else contrast.size * per_prompt,
+                size=None if contrast.size is None else contrast.size * per_prompt // contrast.per_prompt,
                 per_prompt=per_prompt,
                 min_margin=contrast.min_margin,
                 length=contrast.length,
@@ -370,12 +391,15 @@ class _Bench(Workbench):
             fitted = fit(self.model, pairs, layers=self.layers, site=site, progress=False)
             directions = torch.zeros(self.adapter.n_layers, self.adapter.d_model)
             for layer in self.layers:
-                directions[layer] = getattr(fitted.transform(layer), "direction").detach().float().cpu()  # noqa: B009
+                transform = fitted.transform(layer)
+                assert isinstance(transform, Addition)
+                directions[layer] = transform.direction.detach().float().cpu()
             return {"direction": directions}
 
-        direction = self.kept.tensors("supervised", made)["direction"]
+        label = f"supervised_{_digest(pairs)}"
+        direction = self.kept.tensors(label, made)["direction"]
         name = f"supervised, {len(pairs)} pairs"
-        return self.steered(name, "supervised", "supervised", direction, step, self.choosing())
+        return self.steered(name, "supervised", label, direction, step, self.choosing())
 
     def random(self, step: Iteration | None) -> dict[str, _Measured]:
         """A direction that nobody has fitted."""
@@ -421,9 +445,12 @@ class _Bench(Workbench):
 
         def factor() -> dict[str, float]:
             self.bar.phase(f"{name}: finding the strength")
+            divergence = self.divergence
+            if step.index not in self.wanted:
+                self.wanted[step.index] = divergence.of(step.plan)
+            divergence.count = TokenCount()  # what was matched is no cost of this method
             with self.spending(kept, f"strength {label}") as meter:
-                divergence = self.divergence
-                found = find_strength(divergence, unit, kl=divergence.of(step.plan))
+                found = find_strength(divergence, unit, kl=self.wanted[step.index])
                 meter.add(divergence.count)
             return asdict(found)
 
@@ -431,6 +458,7 @@ class _Bench(Workbench):
         file = kept.path / f"{label}.plan.safetensors"
         if not file.is_file():
             plan.save(file)
+        learning += Spent(flops=kept.costs().get(f"strength {label}", Cost()).flops)
         samples, base = self.measure(kept, label, "heldout", plan, name, self.base_samples)
         shown = name if dose == "KL" else f"{name}, at its norm"
         return {shown: _Measured(family, dose, samples, base, learning, self.answering(samples), self.norm(plan))}
@@ -438,17 +466,15 @@ class _Bench(Workbench):
     def instructed(self, instruction: str) -> dict[str, _Measured]:
         """The unsteered model, told what is wanted."""
         asked = [f"{prompt}\n\n{instruction}" for prompt in self.prompts]
+        label = f"instruction_{_digest(instruction)}"
         samples, base = self.measure(
-            self.kept, "instruction", "heldout", NOTHING, "instruction", self.base_samples, asked=asked
+            self.kept, label, "heldout", NOTHING, "instruction", self.base_samples, asked=asked
         )
         return {"instruction": _Measured("instruction", "", samples, base, Spent(), self.answering(samples, asked))}
 
-    def chosen(self, loop: _Measured) -> dict[str, _Measured]:
+    def chosen(self, most: int) -> dict[str, _Measured]:
         """Best of N, for N up to the budget of the loop, and rejection sampling."""
         answers = self.config.evaluation.samples
-        one = self.answering(self.base_samples)
-        wanted = len(self.base_samples)
-        most = max(2, round((loop.learning.tokens + wanted * loop.answering.tokens) / (wanted * one.tokens)))
         seed, name = derive_seed(self.config.seed, "best of"), f"best_of_{most}"
         pool, _ = self.measure(
             self.kept, name, "heldout", NOTHING, f"best of {most}", n=most * answers, seed=seed, measured=most * answers
@@ -490,6 +516,11 @@ class _Bench(Workbench):
         """Of what a plan adds, in units of the median norm, averaged over layers."""
         shares = [float(v.norm() / self.norms[layer]) for (layer, _), v in plan.vectors().items()]
         return float(np.mean(shares)) if shares else 0.0
+
+
+def _digest(given: object) -> str:
+    """A name for what was given, so that what was computed of something else is not taken for it."""
+    return hashlib.sha256(repr(given).encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def _after(run: Run, t: int) -> Iteration | None:

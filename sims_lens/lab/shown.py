@@ -2,6 +2,7 @@
 
 import html
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +14,20 @@ from sims_lens.stats import CONFIDENCE, Interval, bootstrap_mean
 Cells = Sequence[tuple[str, ...]]
 
 
-class Shown:
+class Shown(ABC):
     """A result that shows its head, its cells and its verdict."""
 
+    @abstractmethod
     def head(self) -> str:
         """One line: what was measured, on how much."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text, its head first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def verdict(self) -> str:
         """What was found, in plain sentences."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         cells = self.cells()
