@@ -381,7 +381,7 @@ class _Bench(Workbench):
         return self.kept.tensors(label, made)["direction"]
 
     def supervised(self, pairs: Sequence[object], step: Iteration | None) -> dict[str, _Measured]:
-        """Contrastive activation addition at the loop's layers."""
+        """Contrastive activation addition at the loop's layers. Reading the pairs, once, is not counted."""
         if step is None:
             return {}
 
