@@ -47,7 +47,7 @@ figures: $(VENV)/.installed-dev ## docs/figures/*.png from a demo run (needs a C
 
 constraints: | $(UV) ## compile requirements/constraints.txt anew; the CUDA stack is left to torch's own build
 	@echo "torch==2.13.0" > .torch-pin.txt; echo "transformer-lens==3.9.0" >> .torch-pin.txt
-	@$(UV) pip compile --quiet --universal --python-version 3.10 pyproject.toml --all-extras --group dev \
+	@$(UV) pip compile --quiet --universal --python-version 3.10 pyproject.toml --all-extras --group dev --group docs \
 		-c .torch-pin.txt --no-annotate --no-header -o .constraints.txt
 	@{ sed -n '/^#/p' $(CONSTRAINTS); grep -vE '^(nvidia-|cuda-|triton|torch==)' .constraints.txt; echo "torch==2.13.0"; } > .new.txt
 	@mv .new.txt $(CONSTRAINTS); rm -f .constraints.txt .torch-pin.txt
