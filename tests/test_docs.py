@@ -52,7 +52,16 @@ def examples(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "python" and ">>> " in block.body]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=name_of)
+# Pages that fit, sweep or sample on the embedded model, some seconds each: `make test-slow` runs them.
+LONG = {"own_model", "read_a_sweep", "ablation_study", "export", "resume"}
+
+
+def to_run() -> list[Any]:
+    pages = [page for page in PAGES if examples(page)]
+    return [pytest.param(p, id=name_of(p), marks=[pytest.mark.slow] if p.stem in LONG else []) for p in pages]
+
+
+@pytest.mark.parametrize("page", to_run())
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
