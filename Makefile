@@ -43,6 +43,7 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 docs: $(VENV)/.installed-docs ## the site, in docs/_build/html, offline; every warning is an error (Python 3.11 or newer)
+	@$(PY) -m doctest docs/extensions/*.py
 	@$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html $(ARGS)
 	@echo "docs/_build/html/index.html"
 
