@@ -1,9 +1,9 @@
 """What happens to a run of the loop when it is killed, cut off, refused by the disk, or interrupted.
 
 `python benchmarks/faults.py` runs the loop on a tiny model of Llama's architecture some hundred times, each in a
-process of its own, and does something bad to each, at a random instant or at a random write; then the same command goes on and
-what is there at the end is compared, byte for byte, with a run that nothing happened to. Counted is also what was
-bought twice: questions that the ranker had answered, responses that the loop had taken.
+process of its own, and does something bad to each, at a random instant or at a random write; then the same command
+goes on, and what is there at the end is compared, byte for byte, with a run that nothing happened to. Counted is also
+what was bought twice: questions that the ranker had answered, responses that the loop had taken.
 
 Twenty minutes on one core. `--embedded N` adds N kills of runs of the embedded model, half a minute each.
 """

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sims_lens.errors import RankerError
+from sims_lens.files import parsed
 from sims_lens.rankers import CachedRanker, Ensemble, ReadingEase, Vader, as_ranker
 from sims_lens.rankers.base import CheckedRanker
-from sims_lens.files import parsed
 from sims_lens.rankers.cache import JOURNAL
 from sims_lens.rankers.fingerprint import canonical
 
