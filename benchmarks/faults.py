@@ -26,7 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402
-from faulty import DONE, ERROR, INTERRUPTED, Trial, cut, failing_disk, kill, newest  # noqa: E402
+from faulty import (  # noqa: E402
+    DONE,
+    ERROR,
+    INTERRUPTED,
+    Trial,
+    cut,
+    failing_disk,
+    failing_memory,
+    failing_ranker,
+    kill,
+    newest,
+)
 
 import sims_lens as sims  # noqa: E402
 
@@ -111,7 +122,7 @@ def said(trial: Trial) -> str:
 def killed(
     harness: Harness, number: int, rng: random.Random, *, how: int = signal.SIGKILL, truncate: bool = False
 ) -> Found:
-    """Killed one to three times, at random instants; where asked, the file that was written last is cut off each time."""
+    """Killed one to three times at random instants; where asked, the file written last is cut off each time."""
     trial = harness.trial(f"{'cut' if truncate else 'kill'}-{how}-{number}", ("oracle", "judge")[number % 2])
     phases, bad = [], ""
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -145,6 +156,20 @@ def refused(harness: Harness, number: int, rng: random.Random, writes: int) -> F
     return Found(**asdict(found) | {"bad": found.bad or bad})
 
 
+def failed(harness: Harness, number: int, rng: random.Random, kind: str) -> Found:
+    """The ranker raises from some question on, or memory runs out for a while."""
+    trial = harness.trial(f"{kind}-{number}", ("oracle", "judge")[number % 2])
+    at = rng.randrange(90) if kind == "ranker raises" else rng.randrange(1, 4000)
+    status = trial.run(before=(failing_ranker if kind == "ranker raises" else failing_memory)(at))
+    text = said(trial)
+    bad = "" if status in (DONE, ERROR) or "can't allocate memory" in text else f"ended with {status}: {text}"
+    if status == ERROR and "out of credit" not in text:
+        bad = f"said {text}"
+    damaged = harness.broken(trial)
+    found = harness.verdict(trial, kind, [f"at {at}"], damaged=damaged)
+    return Found(**asdict(found) | {"bad": found.bad or bad})
+
+
 def rotten(harness: Harness, number: int, rng: random.Random) -> Found:
     """A byte of a finished run changes; the same command finds the file and makes only its folder anew."""
     trial = harness.trial(f"rot-{number}", ("oracle", "judge")[number % 2])
@@ -172,6 +197,8 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=50, help="runs that are killed, and the last write cut off")
     parser.add_argument("--interrupts", type=int, default=25)
     parser.add_argument("--disk", type=int, default=60, help="runs whose disk fails")
+    parser.add_argument("--raises", type=int, default=25, help="runs whose ranker raises")
+    parser.add_argument("--memory", type=int, default=25, help="runs that are out of memory for a while")
     parser.add_argument("--rot", type=int, default=50, help="finished runs in which a byte changes")
     parser.add_argument("--embedded", type=int, default=0, help="kills of runs of the embedded model")
     parser.add_argument("--seed", type=int, default=0)
@@ -190,6 +217,8 @@ def main() -> None:
         jobs += [lambda i=i: killed(harness, i, rng, truncate=True) for i in range(asked.cuts)]
         jobs += [lambda i=i: killed(harness, i, rng, how=signal.SIGINT) for i in range(asked.interrupts)]
         jobs += [lambda i=i: refused(harness, i, rng, writes) for i in range(asked.disk)]
+        jobs += [lambda i=i: failed(harness, i, rng, "ranker raises") for i in range(asked.raises)]
+        jobs += [lambda i=i: failed(harness, i, rng, "out of memory") for i in range(asked.memory)]
         jobs += [lambda i=i: rotten(harness, i, rng) for i in range(asked.rot)]
         for number, job in enumerate(jobs, start=1):
             found.append(job())

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import sims_lens as sims
 from sims_lens.data import Sample
@@ -315,4 +316,50 @@ def failing_disk(kind: str, at: int) -> Callable[[], None]:
     return patch
 
 
-__all__ = ["DONE", "ERROR", "INTERRUPTED", "Trial", "cut", "ended", "failing_disk", "kill", "newest"]
+def failing_ranker(at: int) -> Callable[[], None]:
+    """What makes the ranker raise when it is asked for the ``at``-th time; for :meth:`Trial.start`."""
+
+    def patch() -> None:
+        count, rank = [0], Oracle.rank
+
+        def failing(self: Oracle, prompt: str, responses: Sequence[str]) -> list[float]:
+            count[0] += 1
+            if count[0] > at:
+                raise ConnectionError("the judge is out of credit")
+            return rank(self, prompt, responses)
+
+        Oracle.rank = failing  # type: ignore[method-assign]
+
+    return patch
+
+
+def failing_memory(at: int) -> Callable[[], None]:
+    """What makes the ``at``-th joining of tensors run out of memory, and the next two; for :meth:`Trial.start`."""
+
+    def patch() -> None:
+        count, cat = [0], torch.cat
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            if at <= count[0] < at + 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 GB.")
+            return cat(*args, **kwargs)
+
+        torch.cat = failing
+
+    return patch
+
+
+__all__ = [
+    "DONE",
+    "ERROR",
+    "INTERRUPTED",
+    "Trial",
+    "cut",
+    "ended",
+    "failing_disk",
+    "failing_memory",
+    "failing_ranker",
+    "kill",
+    "newest",
+]

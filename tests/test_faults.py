@@ -23,12 +23,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_whatever_happens_the_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    few = ["--kills", "6", "--cuts", "4", "--interrupts", "2", "--disk", "6", "--rot", "4", "--out", tmp_path / "found"]
+    few = [
+        "--kills",
+        "6",
+        "--cuts",
+        "4",
+        "--interrupts",
+        "2",
+        "--disk",
+        "6",
+        "--raises",
+        "3",
+        "--memory",
+        "3",
+        "--rot",
+        "4",
+        "--out",
+        tmp_path / "found",
+    ]
     command = [sys.executable, ROOT / "benchmarks/faults.py", *few]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found").read_text())
-    assert [row["runs"] for row in found["rows"]] == [6, 4, 2, 6, 4]
+    assert [row["runs"] for row in found["rows"]] == [6, 4, 2, 6, 3, 3, 4]
     for row in found["rows"]:
         assert row["same"] == row["runs"] and not row["ended badly"] and not row["complete files damaged"], found
         assert not row["bought twice"] or row["what"] == "disk", found  # an answer that the disk refuses can't be kept
