@@ -78,7 +78,7 @@ class CachedRanker:
         return f"<{self.name}, verdicts kept in {self.path.parent}>"
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("count", "matrix", "pointwise", "steered"):
+        if name not in ("count", "keep", "matrix", "pointwise", "steered"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.ranker, name)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Final
 
@@ -22,8 +23,9 @@ class RecordedRanker(CheckedRanker):
     Asked the same again in another process, it answers from the journal, and asks only from where that ends. A step
     that asks the same twice, to see whether the ranker is stable, has two verdicts there, and gets both in turn.
 
-    What is asked in one go stays so: scores of a model that judges in batches may depend, in their last bits, on the
-    batch.
+    Where a verdict takes many answers of a judge, as of an endpoint's that are paid for one by one, each of those is
+    written down too. What is asked in one go stays so: scores of a model that judges in batches may depend, in their
+    last bits, on the batch.
 
     Args:
         ranker: the ranker that is asked.
@@ -34,10 +36,15 @@ class RecordedRanker(CheckedRanker):
         super().__init__(ranker.name, ranker.score, ranker.inner)
         self._become(ranker, journal, "rank", {})
         for row in journal.rows():
-            self._answers.setdefault(row["key"], deque()).append(row["answer"])
+            if "part" in row:
+                self._parts.setdefault(row["key"], {})[row["part"]] = row["answer"]
+            else:
+                self._answers.setdefault(row["key"], deque()).append(row["answer"])
+                self._parts.pop(row["key"], None)
 
     def _become(self, ranker: CheckedRanker, journal: Journal, kind: str, answers: "dict[str, deque[Any]]") -> None:
-        for name, value in (("_ranker", ranker), ("_journal", journal), ("_kind", kind), ("_answers", answers)):
+        found = {"_ranker": ranker, "_journal": journal, "_kind": kind, "_answers": answers, "_parts": {}}
+        for name, value in found.items():
             object.__setattr__(self, name, value)  # the class that it stands in for is frozen
 
     def __getattr__(self, name: str) -> Any:
@@ -72,6 +79,7 @@ class RecordedRanker(CheckedRanker):
         fresh = RecordedRanker.__new__(RecordedRanker)
         CheckedRanker.__init__(fresh, ranker.name, ranker.score, ranker.inner)
         fresh._become(ranker, self._journal, "fresh", self._answers)
+        object.__setattr__(fresh, "_parts", self._parts)
         return fresh
 
     def _answered(self, items: Sequence[Item], ask: Callable[[], Any], what: str = "scores") -> Any:
@@ -80,6 +88,12 @@ class RecordedRanker(CheckedRanker):
         key = hashlib.sha256(text.encode()).hexdigest()
         if known := self._answers.get(key):
             return known.popleft()
-        answer = ask()
+        keep = getattr(self._ranker, "keep", None)
+
+        def tell(part: str, answer: Any) -> None:
+            self._journal.append({"key": key, "part": part, "answer": answer})
+
+        with keep(self._parts.pop(key, {}), tell) if callable(keep) else nullcontext():
+            answer = ask()
         self._journal.append({"key": key, "answer": answer})
         return answer
