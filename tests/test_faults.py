@@ -5,9 +5,10 @@ A small share of what `benchmarks/faults.py` does; what that finds is in docs/fa
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import tiny
 from faulty import PROMPTS, config, vowels
 
 import sims_lens as sims
+from sims_lens.adapter import adapt
 from sims_lens.errors import DamagedError, RunError
 from sims_lens.store import RunStore
 
@@ -103,3 +105,30 @@ def test_a_run_that_stopped_early_has_its_last_iteration_made_anew(model: Any, t
     again = improve(model, tmp_path / "r", config=replace(config(), guard=guard))
     assert json.loads(metrics.read_bytes())["evaluation"] == before["evaluation"]
     assert again.stopped == run.stopped and len(again.iterations) == 1
+
+
+OLD = ROOT / "tests/data/run_v1"
+"""A run that the version before checksums wrote, of the tiny Llama."""
+
+
+def test_an_old_run_opens_and_is_gone_on_with(model: Any, tmp_path: Path) -> None:
+    old = sims.open_run(OLD)
+    assert old.complete and len(old.iterations) == 2 and old.stopped and "vowels" in repr(old)
+    out = Path(shutil.copytree(OLD, tmp_path / "run"))
+    header = json.loads((out / "run.json").read_text())
+    header["model"] = asdict(adapt(model).provenance)  # another version of transformers writes another checkpoint
+    del header["config"]["contrast"]["policy"]  # as if it had been added later
+    (out / "run.json").write_text(json.dumps(header))
+    shutil.rmtree(out / "iterations/02")
+    shutil.rmtree(out / "controls")
+    (out / "stopped.json").unlink()
+
+    def ranker(prompt: str, responses: list[str]) -> list[float]:
+        return [vowels(r) for r in responses]
+
+    ranker.__name__ = "vowels"
+    prompts = [json.loads(line)["prompt"] for line in (OLD / "prompts.jsonl").read_text().splitlines()]
+    run = sims.improve(model, prompts, ranker=ranker, config=old.config, out=out, progress=False)
+    for new, before in zip(run.rows(), old.rows(), strict=True):
+        assert new[0] == before[0] and new[1].difference.estimate == pytest.approx(before[1].difference.estimate)
+    assert (out / "iterations/02/checksums.jsonl").is_file() and not (out / "iterations/01/checksums.jsonl").exists()
