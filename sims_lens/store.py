@@ -91,7 +91,10 @@ class Folder:
         """
         path = self.path
         with explained(path / name):
+            older = [] if self.has(CHECKSUMS) else self._ours()  # in a run that had no checksums
             with Journal(path / CHECKSUMS).open() as checksums:
+                for file in older:
+                    checksums.append({"file": file.name, "sha256": hashlib.sha256(_read(file)).hexdigest()})
                 checksums.append({"file": name, "sha256": hashlib.sha256(data).hexdigest()})
             files.write_bytes(path / name, data)
 
@@ -220,8 +223,7 @@ class Folder:
         known = self._checksums()
         if known is None:
             return []
-        ours = sorted(p for p in self.path.iterdir() if p.suffix in _OURS and p.name != CHECKSUMS)
-        return [p.name for p in ours if hashlib.sha256(_read(p)).hexdigest() not in known.get(p.name, ())]
+        return [p.name for p in self._ours() if hashlib.sha256(_read(p)).hexdigest() not in known.get(p.name, ())]
 
     def _checksums(self) -> dict[str, set[str]] | None:
         """Digests that each file may have: two where a crash came before the file got its name. None in an old run."""
@@ -232,6 +234,9 @@ class Folder:
         for row in Journal(path).rows():
             known.setdefault(row["file"], set()).add(row["sha256"])
         return known
+
+    def _ours(self) -> list[Path]:
+        return sorted(p for p in self.path.glob("*") if p.suffix in _OURS and p.name != CHECKSUMS)
 
     def _compact(self) -> None:
         """One checksum for each file that stays."""

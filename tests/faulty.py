@@ -1,8 +1,8 @@
 """A run of the loop on a tiny model, and what can happen to it: killed, cut off, refused by the disk, interrupted.
 
 Each run is a forked process, so that it can be killed without loading torch and a model each time. Beside the run
-directory it keeps a diary of what was bought: every question to the ranker (when asked, and when answered) and every
-response (when drawn, and when the loop has come back for the next one).
+directory it keeps a diary of what was bought: every question to the ranker (when asked, and when the loop has written
+the answer down) and every response (when drawn, and when the loop has come back for the next one).
 """
 
 import errno
@@ -25,6 +25,7 @@ import torch
 import sims_lens as sims
 from sims_lens.data import Sample
 from sims_lens.errors import SimsError
+from sims_lens.files import Journal
 from sims_lens.progress import Progress
 from sims_lens.sampling import Drawn, LocalSampler
 
@@ -49,6 +50,7 @@ class Diary:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.unkept: list[str] = []
 
     def note(self, *words: object) -> None:
         _write(self._descriptor, ("\t".join(map(str, words)) + "\n").encode())
@@ -67,11 +69,12 @@ class Oracle:
         self.diary = diary
 
     def rank(self, prompt: str, responses: Sequence[str]) -> list[float]:
-        key = _key(self.name, prompt, list(responses))
+        self._asks(_key(self.name, prompt, list(responses)))
+        return [vowels(r) for r in responses]
+
+    def _asks(self, key: str) -> None:
         self.diary.note("asks", key)
-        scores = [vowels(r) for r in responses]
-        self.diary.note("answered", key)
-        return scores
+        self.diary.unkept.append(key)
 
 
 class Judge(Oracle):
@@ -83,10 +86,8 @@ class Judge(Oracle):
     settings = {"version": 1}
 
     def matrix(self, prompt: str, responses: Sequence[str]) -> Any:
-        key = _key("matrix", prompt, list(responses))
-        self.diary.note("asks", key)
+        self._asks(_key("matrix", prompt, list(responses)))
         scores = np.array([vowels(r) for r in responses])
-        self.diary.note("answered", key)
         return 1 / (1 + np.exp(8 * (scores[None, :] - scores[:, None]) - 0.2))
 
 
@@ -94,9 +95,7 @@ class Second(Oracle):
     name = "length"
 
     def rank(self, prompt: str, responses: Sequence[str]) -> list[float]:
-        key = _key(self.name, prompt, list(responses))
-        self.diary.note("asks", key)
-        self.diary.note("answered", key)
+        self._asks(_key(self.name, prompt, list(responses)))
         return [float(len(r)) for r in responses]
 
 
@@ -175,7 +174,17 @@ class Trial:
                 phases.note(time.monotonic(), name)
                 tell(bar, name)
 
+            append = Journal.append
+
+            def appended(journal: Journal, row: Any) -> None:
+                append(journal, row)
+                if "answer" in row:
+                    for key in diary.unkept:
+                        diary.note("kept", key)
+                    diary.unkept.clear()
+
             Progress.phase = phase  # type: ignore[method-assign]
+            Journal.append = appended  # type: ignore[method-assign]
             if before is not None:
                 before()
             ranker = (Judge if self.ranker == "judge" else Oracle)(diary)
@@ -215,14 +224,14 @@ class Trial:
         return [(float(at) - float(rows[0][0]), name) for at, name in rows]
 
     def bought(self) -> tuple[Counter[str], Counter[str]]:
-        """What was paid for, and how often: questions that were answered, responses that were taken."""
+        """What was bought, and how often: questions whose answers were kept, responses that were taken."""
         rows = [line.split("\t") for line in (self.folder / "diary.txt").read_text().splitlines()]
-        return Counter(k for what, k in rows if what == "answered"), Counter(k for what, k in rows if what == "drawn")
+        return Counter(k for what, k in rows if what == "kept"), Counter(k for what, k in rows if what == "drawn")
 
     def under_way(self) -> tuple[int, int]:
-        """Questions without an answer, and responses that the loop had not come back from: what a crash may cost."""
+        """Questions whose answers were not kept, responses that the loop had not come back from: what a crash costs."""
         count = Counter(line.split("\t")[0] for line in (self.folder / "diary.txt").read_text().splitlines())
-        return count["asks"] - count["answered"], count["draws"] - count["drawn"]
+        return count["asks"] - count["kept"], count["draws"] - count["drawn"]
 
     def files(self) -> dict[str, bytes]:
         """What the run directory holds, all that is to be the same each time."""
