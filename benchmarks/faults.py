@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--rot", type=int, default=50, help="finished runs in which a byte changes")
     parser.add_argument("--embedded", type=int, default=0, help="kills of runs of the embedded model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", type=Path, help="draw where runs were killed, .png; needs kaleido and a Chromium")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/data/faults.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)  # a process that has started threads can't be forked
@@ -240,6 +241,28 @@ def main() -> None:
     }
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     asked.out.write_text(json.dumps(data, indent=1) + "\n")
+    if asked.figure:
+        drawn(data).write_image(asked.figure, scale=2)
+
+
+def drawn(data: dict):
+    """How many kills fell into each kind of phase, as bars."""
+    import plotly.graph_objects as go
+
+    kinds = data["kills_by_phase"]
+    rows = [row for row in data["rows"] if row["what"].startswith("killed")]
+    runs, same = sum(row["runs"] for row in rows), sum(row["same"] for row in rows)
+    bars = go.Bar(x=list(kinds.values()), y=list(kinds), orientation="h", text=list(kinds.values()), cliponaxis=False)
+    figure = go.Figure(bars.update(textposition="outside", marker_color="#3b6fb6"))
+    return figure.update_layout(
+        title=f"{sum(kinds.values())} kills in {runs} runs: {same} ended with the same bytes",
+        xaxis_title="kills, by what the run was doing",
+        yaxis={"autorange": "reversed"},
+        template="simple_white",
+        width=800,
+        height=330,
+        margin={"l": 120, "r": 40, "t": 60, "b": 50},
+    )
 
 
 def on_embedded(folder: Path, count: int, rng: random.Random) -> list[Found]:
