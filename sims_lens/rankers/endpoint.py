@@ -1,5 +1,6 @@
 """A judge behind an OpenAI-compatible endpoint, with nothing but the standard library."""
 
+import hashlib
 import ipaddress
 import json
 import math
@@ -8,8 +9,9 @@ import random
 import re
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
@@ -23,7 +25,7 @@ from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Re
 import numpy as np
 from jaxtyping import Float
 
-from sims_lens.errors import RankerError
+from sims_lens.errors import RankerError, SimsError
 
 TEMPLATE: Final = """Here are a prompt and two responses to it. Which response is {criterion}?
 
@@ -137,6 +139,8 @@ class EndpointJudge:
         self._logprobs = "logprobs" in self._request
         self._opener = _opener(self._local)
         self._lock, self._next, self._random = Lock(), 0.0, random.Random()
+        self._known: Mapping[str, float] = {}
+        self._tell: Callable[[str, float], None] | None = None
         self.count = {"calls": 0, "retries": 0, "unparsable": 0, "prefill": 0, "decode": 0}
 
     def __repr__(self) -> str:
@@ -191,6 +195,20 @@ class EndpointJudge:
             found[pair] = verdict
         return found
 
+    @contextmanager
+    def keep(self, known: Mapping[str, float], tell: Callable[[str, float], None]) -> Iterator[None]:
+        """A ``with`` block inside which every answer is told as it comes, so that a crash loses none of a matrix.
+
+        Args:
+            known: P(first is better) by the question's key; these are not asked for.
+            tell: is called with a key and an answer, by one thread at a time.
+        """
+        self._known, self._tell = known, tell
+        try:
+            yield
+        finally:
+            self._known, self._tell = {}, None
+
     def _ask(self, questions: Sequence[tuple[str, str, str]]) -> list[float]:
         """P(first is better) of each question, some at the same time. One that fails stops the others."""
         if not questions:
@@ -210,11 +228,18 @@ class EndpointJudge:
         return [future.result() for future in futures]
 
     def _verdict(self, stop: Event, prompt: str, first: str, second: str) -> float:
+        key = hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
+        if key in self._known:
+            return float(self._known[key])
         try:
-            return self._judged(stop, prompt, first, second)
-        except RankerError:
+            verdict = self._judged(stop, prompt, first, second)
+            with self._lock:
+                if self._tell is not None:
+                    self._tell(key, verdict)
+        except SimsError:
             stop.set()
             raise
+        return verdict
 
     def _judged(self, stop: Event, prompt: str, first: str, second: str) -> float:
         texts = {"criterion": self._criterion, "prompt": prompt, "first": first, "second": second}
