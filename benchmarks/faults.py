@@ -138,6 +138,8 @@ def killed(
             phases[-1] += f", {last.name} cut off"
     what = {signal.SIGKILL: "killed", signal.SIGINT: "Ctrl-C"}[how] if not truncate else "killed and cut off"
     found = harness.verdict(trial, what, phases)
+    if truncate:  # what was cut off is bought again, and has to be
+        found.under_way, found.twice = found.under_way + found.twice, 0
     return Found(**asdict(found) | {"bad": found.bad or bad})
 
 
