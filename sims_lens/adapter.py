@@ -268,13 +268,16 @@ class Adapter(ABC):
             stream: what the last of them gave for the very tokens that the pass inside is about.
         """
         blocks = [self.block(layer) for layer in range(layers)]
+        theirs = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
                 block.__dict__["forward"] = lambda *_args, **_kwargs: stream
             yield
         finally:
-            for block in blocks:
+            for block, forward in zip(blocks, theirs, strict=True):
                 block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.__dict__["forward"] = forward
 
     def response_logits(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[tuple[int, Sequence[int]]]
