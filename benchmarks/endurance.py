@@ -183,7 +183,13 @@ def main() -> None:
         print(json.dumps(record(given.only, given.rounds, given.every, given.kind)))
         return
     records = []
-    jobs = [("improve", "bridge"), ("improve", "hooked"), ("improve_all", "bridge"), ("analyses", "bridge"), ("analyses", "hooked")]
+    jobs = [
+        ("improve", "bridge"),
+        ("improve", "hooked"),
+        ("improve_all", "bridge"),
+        ("analyses", "bridge"),
+        ("analyses", "hooked"),
+    ]
     for name, kind in jobs:
         options = ["--only", name, "--kind", kind, "--rounds", str(given.rounds), "--every", str(given.every)]
         command = [sys.executable, __file__, *options]

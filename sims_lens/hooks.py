@@ -316,7 +316,8 @@ class Steering:
             return
         while self._sites:
             layer, name, point, handle = self._sites[-1]
-            handle.hook.remove()
+            if handle.hook is not None:
+                handle.hook.remove()
             point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
             self._adapter.unregister(layer, name)
             self._sites.pop()
@@ -345,9 +346,10 @@ class Steering:
             module = SteeringModule(interventions, self._tracker).train(self._adapter.model.training)
             module.to(next(block.parameters()).device)
             point = points[layer, site]
-            handle = LensHandle(point.register_forward_hook(module.at_point), is_permanent=True)
-            point.fwd_hooks.append(handle)
+            handle = LensHandle(None, is_permanent=True)  # type: ignore[arg-type]
             self._sites.append((layer, name, point, handle))  # first, so that half a registration is undone too
+            handle.hook = point.register_forward_hook(module.at_point)
+            point.fwd_hooks.append(handle)
             self._adapter.register(layer, name, module)
 
     def __repr__(self) -> str:
