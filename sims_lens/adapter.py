@@ -347,10 +347,12 @@ class HookedAdapter(Adapter):
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        module = self.block(layer)._modules.pop(name, None)
+        parts = self.block(layer)._modules
+        module = parts.get(name)  # taken out last, so that a second call does what an interrupted one did not
         for full_name, _ in module.named_modules(prefix=f"blocks.{layer}.{name}") if module else ():
             self.model.mod_dict.pop(full_name, None)
             self.model.hook_dict.pop(full_name, None)
+        parts.pop(name, None)
 
     def logits(
         self,
@@ -417,9 +419,11 @@ class BridgeAdapter(Adapter):
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        module = self.block(layer)._modules.pop(name, None)
+        parts = self.block(layer)._modules
+        module = parts.get(name)
         for child, _ in module.named_children() if module else ():
             self.model._hook_registry.pop(f"blocks.{layer}.{name}.{child}", None)
+        parts.pop(name, None)
 
     def logits(
         self,

@@ -346,7 +346,7 @@ class Steering:
             module = SteeringModule(interventions, self._tracker).train(self._adapter.model.training)
             module.to(next(block.parameters()).device)
             point = points[layer, site]
-            handle = LensHandle(None, is_permanent=True)  # type: ignore[arg-type]
+            handle = LensHandle(None, is_permanent=True)
             self._sites.append((layer, name, point, handle))  # first, so that half a registration is undone too
             handle.hook = point.register_forward_hook(module.at_point)
             point.fwd_hooks.append(handle)
