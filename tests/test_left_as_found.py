@@ -104,7 +104,9 @@ def measured(model: Any) -> Any:
 def calibrated(model: Any) -> Any:
     plan = SteeringPlan.addition({1: vector(1)}, coefficient=0.3, units="residual_norm")
     options: dict[str, Any] = {"factors": (0.5, 1.0), "refine": 0, "sampling": SHORT, "progress": False}
-    return sims.calibrate(model, plan, prompts=[*PROMPTS, "Say d."], ranker=share_of_e, **options).coefficient
+    return sims.calibrate(
+        model, plan, prompts=[f"Say {c}." for c in "abcdefgh"], ranker=share_of_e, **options
+    ).coefficient
 
 
 @call
@@ -136,6 +138,9 @@ def cleaning_up(file: str) -> frozenset[int]:
         if isinstance(node, ast.Try):
             parts = [*node.finalbody, *(line for handler in node.handlers for line in handler.body)]
             lines |= {number for part in parts for number in range(part.lineno, (part.end_lineno or part.lineno) + 1)}
+            lines.add(
+                node.lineno
+            )  # a bare "try:" does nothing, so that only a tracer can raise there; no `with` sees it
     return frozenset(lines)
 
 
