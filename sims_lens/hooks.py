@@ -328,13 +328,14 @@ class Steering:
     def _attach(self) -> None:
         from transformer_lens.hook_points import LensHandle
 
+        model = self._adapter.model
+        self.attached = True
+        hold(model, id(self), name=self._adapter.name)  # first: whoever looks through the model must not see it change
+        self.plan = resolve(model, self.plan)
         grouped: dict[tuple[int, str], list[Intervention]] = {}
         for intervention in self.plan.interventions:
             grouped.setdefault((intervention.layer, intervention.site), []).append(intervention)
         points = {where: self._adapter.point(*where) for where in grouped}
-        model = self._adapter.model
-        self.attached = True
-        hold(model, id(self), name=self._adapter.name)
         self._tracker = model.__dict__.setdefault(TRACKER, self._tracker)
         self._tracker.attach(self, self._adapter)
         for (layer, site), interventions in grouped.items():
@@ -363,7 +364,7 @@ class Steering:
 
 def attach(model: Any, plan: SteeringPlan) -> Steering:
     """Attach a plan until ``detach()`` is called on what is returned. See :func:`steering`."""
-    steered = Steering(model, resolve(model, plan))
+    steered = Steering(model, plan)
     try:
         steered._attach()
     except BaseException:
@@ -403,7 +404,7 @@ def steering(model: Any, plan: SteeringPlan) -> Iterator[Steering]:
         PlanError: the plan is for another model, another width, or a layer or site that the model has not.
         ModelError: the model is of an unknown kind, or another thread has a plan attached to it or is drawing from it.
     """
-    steered = Steering(model, resolve(model, plan))
+    steered = Steering(model, plan)
     try:  # nothing between attaching and here that Ctrl-C could hit
         steered._attach()
         yield steered

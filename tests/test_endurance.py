@@ -37,7 +37,7 @@ def test_two_hundred_iterations() -> None:
 
 @pytest.mark.slow
 def test_two_hundred_rounds_of_analyses() -> None:
-    check("analyses", 200, 10, objects=0.1, memory=30_000)
+    check("analyses", 200, 10, objects=0.1, memory=200_000)
 
 
 def test_a_slope_is_growth_per_round() -> None:

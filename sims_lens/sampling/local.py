@@ -294,6 +294,7 @@ class LocalSampler:
     def _attached(self, plan: SteeringPlan, ear: Ear | None) -> Iterator[Any]:
         """The model as it is sampled from: in inference mode, steered, and read. Gives the token tracker, if any."""
         with ExitStack() as stack:
+            stack.enter_context(holding(self.model))
             stack.enter_context(torch.inference_mode())
             if plan.interventions:
                 stack.enter_context(steering(self.model, plan))
