@@ -37,6 +37,10 @@ class RunError(SimsError, ValueError):
     """A run directory is damaged, holds another run, or has nothing to go on with."""
 
 
+class ResultError(SimsError, ValueError):
+    """A result can't be read back from JSON: it is damaged, or something else."""
+
+
 class TooFewPairsError(RunError):
     """The ranker hardly tells the responses of an iteration apart: there is nothing to fit to."""
 

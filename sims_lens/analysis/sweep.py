@@ -46,10 +46,11 @@ from sims_lens.run import Run
 from sims_lens.sampling import LocalSampler
 from sims_lens.scope import TokenScope
 from sims_lens.sites import check_layer, check_site
-from sims_lens.stats import DRAWS, Interval, bca, interval_from, win_probability
+from sims_lens.stats import DRAWS, Interval, bca, win_probability
 from sims_lens.store import Folder, read_json, write_json
 from sims_lens.supervised import SteeringFit
 from sims_lens.transforms import Addition, Transform, dump
+from sims_lens.typed import known_fields, read_as
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,9 +110,12 @@ class SweepCell:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SweepCell":
-        """The cell that :meth:`to_json` described."""
-        values: dict[str, Any] = {k: interval_from(value) if k in FIGURES else value for k, value in data.items()}
-        return cls(**values)
+        """The cell that :meth:`to_json` described.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -266,10 +270,11 @@ class LayerSweep:
         Args:
             data: what that returned.
             plan: ``sweep.steering``, for instance ``SteeringPlan.load(path)``.
+
+        Raises:
+            ResultError: it is no such thing.
         """
-        own = {name: value for name, value in data.items() if name not in ("budget", "cells")}
-        cells = tuple(SweepCell.from_json(cell) for cell in data["cells"])
-        return cls(**own, budget=FluencyBudget(**data["budget"]), cells=cells, steering=plan)
+        return replace(read_as(cls, {**known_fields(cls, data), "steering": None}), steering=plan)  # type: ignore[no-any-return]
 
     def _reason(self) -> str:
         """Why nothing was chosen."""
