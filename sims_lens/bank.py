@@ -242,7 +242,7 @@ class MemoryBank:
                 entries=tuple(_entry(row) for row in others),
                 seen=tuple(int(i) for i in head["seen"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BankError(f"the bank is damaged ({type(error).__name__}: {error}); start a new one") from error
         return bank.check(model=model, ranker=ranker, prompts=prompts)
 

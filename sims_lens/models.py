@@ -399,7 +399,7 @@ def _intact(folder: Path) -> bool:
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["files"]
         return all(_sha256(folder / name) == expected for name, expected in hashes.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -122,7 +122,7 @@ def _sample(row: Any, file: Path) -> Sample:
             ended=bool(row["ended"]),
             **{k: None if row.get(k) is None else float(row[k]) for k in _FIGURES},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}: {error}); delete the file and resume") from error
 
 
@@ -170,7 +170,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); {_DAMAGED}") from error
 
 
@@ -184,7 +184,7 @@ def read_jsonl(path: Path) -> list[Any]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); {_DAMAGED}") from error
 
 

@@ -1064,7 +1064,7 @@ class _Ledger:
         found = read_json(header)
         if not isinstance(found, dict) or found.get("format") != _FORMAT or found.get("version") != _VERSION:
             raise RunError(f"{header} is not of a sweep that this sims_lens reads; choose another folder")
-        there = found.get("settings", {})
+        there = read_as(dict[str, Any], found.get("settings", {}), f"settings in {header}")
         for key in sorted({*there, *settings}):
             if there.get(key) != settings.get(key):
                 raise RunError(f"{path} holds a sweep with other {key}; use the same to go on, or another folder")
@@ -1096,7 +1096,7 @@ class _Ledger:
                 found = {cell: np.array(values, dtype=float) for cell, values in self._held.items()}
                 if any(values.shape != (count, len(FIGURES)) for values in found.values()):
                     raise ValueError(f"a cell has no {count} units")
-            except (AttributeError, TypeError, ValueError) as error:
+            except (AttributeError, TypeError, ValueError, OverflowError) as error:
                 if isinstance(error, RunError):
                     raise
                 raise RunError(f"{file} is damaged ({error}); delete it and go on") from error

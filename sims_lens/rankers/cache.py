@@ -228,5 +228,5 @@ def _verdict(line: bytes) -> tuple[str, tuple[float, ...]] | None:
     try:
         row = json.loads(line)
         return str(row["key"]), tuple(float(score) for score in row["scores"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

@@ -45,9 +45,7 @@ _FIRST_WAIT: Final = 0.5  # seconds before the first retry, doubled each time
 _LAST_WAIT: Final = 15.0  # the doubling ends here
 _LONGEST_WAIT: Final = 120.0  # a server that asks for more has closed for the day
 _MOST_BYTES: Final = 16 << 20
-_LONGEST_CALLS: Final = (
-    10  # timeouts that an answer may take in all: one that comes a byte at a time never stands still
-)
+_LONGEST_CALLS: Final = 10  # timeouts that an answer may take in all: one that drips never stands still
 
 
 class EndpointJudge:
