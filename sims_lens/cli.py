@@ -456,10 +456,9 @@ def _check_page(path: Path | None) -> None:
 def _page(path: Path, result: object) -> None:
     """The figures of a result as one page."""
     from sims_lens.plots import figures
+    from sims_lens.report import write_figures
 
-    drawn = [f.to_html(full_html=False, include_plotlyjs=k == 0) for k, f in enumerate(figures(result))]
-    path.write_text(f'<!DOCTYPE html><meta charset="utf-8">{"".join(drawn)}', encoding="utf-8")
-    say(f"figures: {path}")
+    say(f"figures: {write_figures(figures(result), path, title=f'{type(result).__name__} by sims_lens')}")
 
 
 def _ranker(name: str) -> object:

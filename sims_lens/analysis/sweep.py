@@ -33,7 +33,7 @@ from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
 from sims_lens.calibration import FluencyBudget
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import ConfigError, PlanError, RankerError, RunError
+from sims_lens.errors import ConfigError, PlanError, RankerError, ResultError, RunError
 from sims_lens.evaluate import side_effects
 from sims_lens.forced import BATCH_TOKENS, ForcedBatch, force
 from sims_lens.hooks import check_fits, check_unsteered, resolve, steering
@@ -274,7 +274,12 @@ class LayerSweep:
         Raises:
             ResultError: it is no such thing.
         """
-        return replace(read_as(cls, {**known_fields(cls, data), "steering": None}), steering=plan)  # type: ignore[no-any-return]
+        found: LayerSweep = read_as(cls, {**known_fields(cls, data), "steering": None})
+        for panel in found.panels:
+            cells = {(c.layer, c.coefficient) for c in found.cells if (c.direction, c.site) == panel}
+            if len(cells) < len({layer for layer, _ in cells}) * len({coefficient for _, coefficient in cells}):
+                raise ResultError(f"a cell of {', '.join(panel)} is missing: not every layer has every coefficient")
+        return replace(found, steering=plan)
 
     def _reason(self) -> str:
         """Why nothing was chosen."""
