@@ -243,8 +243,8 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{folder} needs Python code that comes with it, which is never run: it could do anything; take a model "
-                "whose architecture transformers has itself"
+                f"{folder} needs Python code that comes with it, which is never run: it could do anything; take a "
+                "model whose architecture transformers has itself"
             ) from error
         raise ModelError(f"transformers can't read {folder} as a causal language model: {_line(error)}") from error
     if missing := sorted(report["missing_keys"]):

@@ -219,8 +219,16 @@ class RunStore:
         return (self.path / "run.json").is_file()
 
     def folder(self, name: str) -> Folder:
-        """One of its folders, complete or not."""
-        return Folder(self.path / name)
+        """One of its folders, complete or not.
+
+        Raises:
+            RunError: it is a link that leads elsewhere.
+        """
+        found = Folder(self.path / name)
+        for path in (found.final, found.partial):
+            if not path.resolve().is_relative_to(self.path.resolve()):
+                raise RunError(f"{path} is a link that leads out of the run folder; put its files in its place")
+        return found
 
     def iteration(self, index: int) -> Folder:
         """The folder of an iteration, counted from 1."""

@@ -2,7 +2,7 @@
 
 import sys
 import unicodedata
-from typing import TextIO
+from typing import Any
 
 _JOINERS = "\u200c\u200d"
 """Invisible, but Persian and many emoji need them, and they move nothing."""
@@ -29,12 +29,12 @@ def lines(text: str) -> str:
     return "\n".join(_shown(line) for line in text.split("\n"))
 
 
-def say(text: object, *, file: TextIO | None = None) -> None:
+def say(text: object, *, file: Any = None) -> None:
     """Print something, with :func:`lines`; what the terminal's encoding lacks is written as an escape too.
 
     Args:
         text: printed as ``print`` would.
-        file: standard output by default.
+        file: a text stream; standard output by default.
     """
     target = sys.stdout if file is None else file
     encoding = getattr(target, "encoding", None) or "utf-8"
