@@ -297,18 +297,21 @@ def main() -> int:
             results.append(found := fuzzed(artifact, root, options, range(int(count))))
             print(line(found), flush=True)
         seconds = time.perf_counter() - start
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = spent.ru_utime + spent.ru_stime
     finally:
         shutil.rmtree(root, ignore_errors=True)
     findings = sum(len(r["findings"]) for r in results)
     cases = sum(r["cases"] for r in results)
-    print(f"{cases:,} cases in {seconds:.0f} s: {findings} findings")
+    print(f"{cases:,} cases in {seconds:.0f} s ({cpu:.0f} s of one core): {findings} findings")
     for result in results:
         for finding in distinct(result["findings"]):
             print(f"\n{result['kind']}, case {finding['case']}: {finding['what']}\n{finding['where']}")
     if options.out:
         about = {"seed": options.seed, "looks": options.looks, "memory_mib": MEMORY >> 20, "limit_seconds": SECONDS}
         about |= {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
-        whole = {"about": about, "cases": cases, "seconds": round(seconds, 1), "findings": findings, "kinds": results}
+        whole = {"about": about, "cases": cases, "seconds": round(seconds, 1), "core_seconds": round(cpu, 1)}
+        whole |= {"findings": findings, "kinds": results}
         options.out.write_text(json.dumps(whole, indent=1) + "\n")
     return int(findings > 0)
 
