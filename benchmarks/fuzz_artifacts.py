@@ -278,7 +278,7 @@ def comparison(folder: Path) -> Comparison:
         made = {n: random.random((2, 3)) for n in ("changes", "wins", "kl", "kl_response", "nll")}
         judged = {n: random.random((2, 3)) for n in ("independent_changes", "independent_wins")}
         seeds = {"even": (0.5, 0.6), "distinct_2": (0.8, 0.9), "norm": (0.2, float("nan"))}
-        spent = {"learning": Spent(1, 2, 3, 4), "answering": Spent(1, 2, 3, 4)}
+        spent = {"learning": Spent(1.0, 2.0, 3.0, 4.0), "answering": Spent(1.0, 2.0, 3.0, 4.0)}
         return Method(name, family, dose, **made, **judged, scores=random.random((2, 3, 2)), **seeds, **spent)
 
     methods = (method("loop", "loop"), method("best of 4", "best of N"), method("instruction", "instruction", ""))

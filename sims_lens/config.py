@@ -329,7 +329,10 @@ class SIMSConfig:
                     raise ConfigError(
                         f"unknown settings {sorted(unknown)} in {name!r}; it has {', '.join(sorted(known))}"
                     )
-                value = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                try:
+                    value = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                except TypeError as error:  # lists within lists
+                    raise ConfigError(f"{name!r} has a value of a type that no setting is of ({error})") from error
             values[name] = value
         return cls(**values)
 
