@@ -296,6 +296,10 @@ def _text(path: str | Path, row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ExportError(f"{path}: an object without a text under {key!r}; its keys are {sorted(row)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(f"{path}: {key!r} has half of a surrogate pair; remove it: {quote(value)}") from error
     return value
 
 
