@@ -47,6 +47,7 @@ _FIRST_WAIT: Final = 0.5  # seconds before the first retry, doubled each time
 _LAST_WAIT: Final = 15.0  # the doubling ends here
 _LONGEST_WAIT: Final = 120.0  # a server that asks for more has closed for the day
 _MOST_BYTES: Final = 16 << 20
+_LONGEST_CALLS: Final = 10  # timeouts that an answer may take in all: one that drips never stands still
 
 
 class EndpointJudge:
@@ -291,7 +292,7 @@ class EndpointJudge:
         request = Request(self.url, json.dumps(body).encode(), headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                data = response.read(_MOST_BYTES)
+                data = _body(response, time.monotonic() + _LONGEST_CALLS * self._timeout)
         except HTTPError as error:
             with error:
                 raise _refusal(error, key) from None
@@ -417,6 +418,18 @@ def _address(base_url: str) -> tuple[str, str, bool]:
     return f"{parts.scheme}://{name}{'' if port is None else f':{port}'}{path}/chat/completions", host, local
 
 
+def _body(response: Any, end: float) -> bytes:
+    """What an answer holds, if it isn't too long and doesn't take too long."""
+    data = b""
+    while block := response.read1(1 << 16):
+        data += block
+        if len(data) > _MOST_BYTES:
+            raise _FailureError(f"gave an answer of more than {_MOST_BYTES >> 20} MiB", final=True)
+        if time.monotonic() > end:
+            raise _FailureError("didn't come to an end with its answer")
+    return data
+
+
 def _refusal(error: HTTPError, key: str) -> _FailureError:
     """What a status other than 200 means."""
     try:
@@ -452,6 +465,13 @@ def _seconds(header: str | None) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
+def _log(value: Any) -> float:
+    """A log-probability; minus infinity is one."""
+    if math.isnan(found := float(value)):
+        raise ValueError("a log-probability that is no number")
+    return found
+
+
 def _answer(data: bytes) -> dict[str, Any] | None:
     """What matters of a chat completion; None if it isn't one."""
     try:
@@ -461,9 +481,9 @@ def _answer(data: bytes) -> dict[str, Any] | None:
         usage = row.get("usage") or {}
         return {
             "text": str(choice["message"].get("content") or ""),
-            "likeliest": [(str(item["token"]), float(item["logprob"])) for item in first.get("top_logprobs") or ()],
+            "likeliest": [(str(item["token"]), _log(item["logprob"])) for item in first.get("top_logprobs") or ()],
             "prompt_tokens": int(usage.get("prompt_tokens") or 0),
             "completion_tokens": int(usage.get("completion_tokens") or 0),
         }
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
