@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sims_lens.client import Client
 from sims_lens.errors import RankerError
 from sims_lens.rankers import CachedRanker, EndpointJudge, as_ranker
 
@@ -72,7 +73,7 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     monkeypatch.setenv(ENV, KEY)
-    monkeypatch.setattr("sims_lens.rankers.endpoint._FIRST_WAIT", 0.002)
+    monkeypatch.setattr("sims_lens.client._FIRST_WAIT", 0.002)
     started: list[ThreadingHTTPServer] = []
 
     def start(reply: Callable[[dict[str, Any], int], Reply]) -> Server:
@@ -292,11 +293,11 @@ def test_a_server_says_when_to_come_back(serve: Callable[..., Server], monkeypat
 
 def test_waits_grow_and_are_random_in_part(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("sims_lens.rankers.endpoint._FIRST_WAIT", 0.5)
-    monkeypatch.setattr(EndpointJudge, "_pause", lambda self, stop, seconds: waits.append(seconds))
+    monkeypatch.setattr("sims_lens.client._FIRST_WAIT", 0.5)
+    monkeypatch.setattr(Client, "_pause", lambda self, stop, seconds: waits.append(seconds))
     server = serve(lambda body, number: (500, {}, ""))
     with pytest.raises(RankerError, match="failed 9 times"):
-        judge(server, concurrency=1, retries=8)._call(threading.Event(), {})
+        judge(server, retries=8)._client.post({}, dict, what="answer")
     longest = [0.5, 1, 2, 4, 8, 15, 15, 15]
     waits = [wait for wait in waits if wait > 0]
     assert len(waits) == 8 and all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
@@ -332,7 +333,7 @@ def test_nobody_there(serve: Callable[..., Server]) -> None:
 def test_one_failure_for_good_stops_the_other_calls(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sims_lens.rankers.endpoint._FIRST_WAIT", 30.0)
+    monkeypatch.setattr("sims_lens.client._FIRST_WAIT", 30.0)
 
     def reply(body: dict[str, Any], number: int) -> Reply:
         if number == 3:
