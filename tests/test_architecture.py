@@ -27,7 +27,7 @@ LEVELS = {
     8: ["auditing", "behaviour"],
     9: ["iteration", "run", "calibration", "course", "workbench"],
     10: ["loop", "analysis", "export"],
-    11: ["comparison", "lab"],
+    11: ["comparison", "lab", "scale"],
     12: ["plots"],
     13: ["report", "widgets"],
     14: ["cli"],
