@@ -17,7 +17,7 @@ ROOT = Path(sims_lens.__file__).parent
 LEVELS = {
     0: ["errors", "sites", "scope", "data", "config", "cost", "stats", "progress", "token_rows", "client"]
     + ["estimators", "prompts", "transforms"],
-    1: ["plan", "contrast", "store", "moments", "guard"],
+    1: ["plan", "contrast", "store", "moments", "guard", "planning"],
     2: ["adapter", "bank", "selection", "hub"],
     3: ["models", "twin", "capture_store"],
     4: ["activations"],
