@@ -22,8 +22,6 @@ _STREAMED = 26
 """Numbers per unit of d_model that a token's norms, rotations, sums and copies read and write in a block."""
 _STREAMED_MLP = 5
 """The same per unit of d_mlp: the gate and its product."""
-_CHOSEN = 4
-"""Times that a distribution over the vocabulary is read to draw from it."""
 
 _SAMPLE_BYTES = (900, 42)
 """Of memory that a sample takes in Python, and for each of its tokens: measured, see docs/scaling.md."""
@@ -143,7 +141,7 @@ SHAPES = (
 """Known models, by their ``config.json``."""
 
 
-def _sized(parameters: float, name: str) -> Shape:
+def _sized(parameters: int | float, name: str) -> Shape:
     """A shape of so many parameters: that of the nearest known model, or its proportions with other widths."""
     if not 1e6 <= parameters <= 1e13:
         raise ConfigError(f"model size {name!r} is not from 1M to 10000B")
@@ -151,7 +149,7 @@ def _sized(parameters: float, name: str) -> Shape:
     if abs(near.parameters / parameters - 1) < 0.06:
         return near
 
-    def scaled(factor: float) -> Shape:
+    def scaled(factor: int | float) -> Shape:
         heads = max(1, round(near.n_heads * factor))
         return replace(
             near,
@@ -185,6 +183,7 @@ class Machine:
         flops_share: of ``flops``, what a run of many rows reaches.
         bandwidth_share: of ``bandwidth``, the same.
         overhead: seconds that starting a block takes in each pass, beside its products.
+        choosing: seconds that drawing a token takes, for each entry of the vocabulary.
         rows: sequences side by side, at most.
         width: bytes of a number there: 2 in half precision.
         dollars_per_hour: of one; None where no price is known.
@@ -192,19 +191,20 @@ class Machine:
     """
 
     name: str
-    flops: float
-    bandwidth: float
-    memory: float
-    flops_share: float = 1.0
-    bandwidth_share: float = 1.0
-    overhead: float = 0.0
+    flops: int | float
+    bandwidth: int | float
+    memory: int | float
+    flops_share: int | float = 1.0
+    bandwidth_share: int | float = 1.0
+    overhead: int | float = 0.0
+    choosing: int | float = 0.0
     rows: int = 128
     width: int = 2
-    dollars_per_hour: float | None = None
+    dollars_per_hour: int | float | None = None
     source: str = ""
 
 
-_SHARES = {"flops_share": 0.4, "bandwidth_share": 0.6, "overhead": 3e-6, "rows": 256}
+_SHARES = {"flops_share": 0.4, "bandwidth_share": 0.6, "overhead": 3e-6, "choosing": 5e-12, "rows": 256}
 _RENT = "rent: middle of what specialised clouds ask, comparison page of May 2026; yours will differ"
 MACHINES: Mapping[str, Machine] = {
     "h100": Machine(
@@ -220,7 +220,7 @@ MACHINES: Mapping[str, Machine] = {
         source="data sheet, bfloat16 without sparsity; shares are assumed, not measured; no price was looked up",
     ),
     "cpu": Machine(
-        "one thread of an AMD EPYC with AVX2", 55e9, 10e9, 24e9, overhead=2e-4, width=4,
+        "one thread of an AMD EPYC with AVX2", 55e9, 10e9, 24e9, overhead=2e-4, choosing=3e-9, width=4,
         source="float32, about what docs/data/scaling.json measured here",
     ),
 }  # fmt: skip
@@ -257,15 +257,15 @@ class Workload:
 
     shape: Shape
     prompts: int
-    prompt_tokens: float = 60.0
-    response_tokens: float | None = None
-    ended: float = 0.0
+    prompt_tokens: int | float = 60.0
+    response_tokens: int | float | None = None
+    ended: int | float = 0.0
     config: SIMSConfig = field(default_factory=SIMSConfig)
     judge: str = "function"
-    judge_price: tuple[float, float] | None = None
-    judge_per_second: float = 4.0
+    judge_price: tuple[int | float, int | float] | None = None
+    judge_per_second: int | float = 4.0
     sampler: str = "local"
-    tries: float = 1.0
+    tries: int | float = 1.0
 
     def __post_init__(self) -> None:
         if self.prompts < 1:
@@ -307,16 +307,16 @@ class Drawing:
         share: of the blocks, those in which the two differ.
     """
 
-    prompts: float
-    responses: float
-    prompt_tokens: float
-    response_tokens: float
-    ended: float = 0.0
-    known: float = 0.0
+    prompts: int | float
+    responses: int | float
+    prompt_tokens: int | float
+    response_tokens: int | float
+    ended: int | float = 0.0
+    known: int | float = 0.0
     kept: bool = False
     whole: bool = False
-    beside: float = 0.0
-    share: float = 0.0
+    beside: int | float = 0.0
+    share: int | float = 0.0
 
     @property
     def rows(self) -> float:
@@ -360,11 +360,11 @@ class Phase:
     """
 
     name: str
-    seconds: float
-    prefill: float = 0.0
-    decode: float = 0.0
-    flops: float = 0.0
-    calls: float = 0.0
+    seconds: int | float
+    prefill: int | float = 0.0
+    decode: int | float = 0.0
+    flops: int | float = 0.0
+    calls: int | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ class Forecast:
     gpus: int
     phases: tuple[Phase, ...]
     memory: Mapping[str, float]
-    disk: float
+    disk: int | float
     dollars: float | None
     bottlenecks: tuple[str, ...]
 
@@ -450,7 +450,7 @@ def drawings(work: Workload) -> tuple[Drawing, ...]:
     )
     share = 1.0 - lowest / blocks
 
-    def drawing(prompts: int, responses: float, **more: Any) -> Drawing:
+    def drawing(prompts: int, responses: int | float, **more: Any) -> Drawing:
         return Drawing(prompts, responses, work.prompt_tokens, work.length, work.ended, kept=kept, **more)
 
     beside = min(evaluation.measured, evaluation.samples) if local else 0
@@ -528,7 +528,7 @@ def forecast(work: Workload, machine: Machine, *, gpus: int = 1) -> Forecast:
     return replace(found, bottlenecks=_bottlenecks(found, rows, copies))
 
 
-def step_seconds(shape: Shape, machine: Machine, rows: float, context: float, *, gpus: int = 1) -> float:
+def step_seconds(shape: Shape, machine: Machine, rows: int | float, context: int | float, *, gpus: int = 1) -> float:
     """How long a decoding step of some rows takes, each looking back at ``context`` positions."""
     flops, moved = gpus * machine.flops * machine.flops_share, gpus * machine.bandwidth * machine.bandwidth_share
     work, width = shape.arithmetic, machine.width
@@ -536,12 +536,12 @@ def step_seconds(shape: Shape, machine: Machine, rows: float, context: float, *,
     unembedding = max(work.unembed * rows / flops, shape.d_model * shape.d_vocab * width / moved)
     attention = max(work.attention * rows * context / flops, rows * context * shape.kept(width) / moved)
     streamed = shape.n_layers * (_STREAMED * shape.d_model + _STREAMED_MLP * shape.d_mlp) * width
-    streamed += _CHOSEN * 4 * shape.d_vocab
-    return products + unembedding + attention + rows * streamed / moved + shape.n_layers * machine.overhead
+    drawn = rows * shape.d_vocab * machine.choosing / gpus
+    return products + unembedding + attention + rows * streamed / moved + drawn + shape.n_layers * machine.overhead
 
 
 def drawing_seconds(
-    shape: Shape, machine: Machine, drawing: Drawing, rows: float, *, gpus: int = 1, copies: int = 1
+    shape: Shape, machine: Machine, drawing: Drawing, rows: int | float, *, gpus: int = 1, copies: int = 1
 ) -> float:
     """How long some responses take to draw, ``rows`` of them side by side on ``copies`` of the model."""
     count, side_by_side = drawing.count(), max(1.0, min(rows, drawing.rows))
@@ -552,7 +552,7 @@ def drawing_seconds(
     return (1 + beside) * passes * step + passes_seconds(shape, machine, count.prefill, gpus=gpus)
 
 
-def passes_seconds(shape: Shape, machine: Machine, tokens: float, *, gpus: int = 1) -> float:
+def passes_seconds(shape: Shape, machine: Machine, tokens: int | float, *, gpus: int = 1) -> float:
     """How long it takes to read tokens, many at a time."""
     flops, moved = gpus * machine.flops * machine.flops_share, gpus * machine.bandwidth * machine.bandwidth_share
     streamed = shape.n_layers * (_STREAMED * shape.d_model + _STREAMED_MLP * shape.d_mlp) * machine.width
@@ -642,21 +642,21 @@ def _bottlenecks(found: Forecast, rows: int, copies: int) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.0f}"
 
 
-def _bytes(value: float) -> str:
+def _bytes(value: int | float) -> str:
     for size, unit in ((1e12, "TB"), (1e8, "GB")):
         if value >= size:
             return f"{value / (size if unit == 'TB' else 1e9):.1f} {unit}"
     return f"{value / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     """Seconds as they are said.
 
     >>> _duration(90), _duration(5e5)
