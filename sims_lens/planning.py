@@ -629,6 +629,12 @@ def _bottlenecks(found: Forecast, rows: int, copies: int) -> tuple[str, ...]:
             f"{_number(calls)} judge calls, because pairs grow with the square of K: at {work.judge_per_second:g} a "
             f"second they take {_duration(calls / work.judge_per_second)}"
         )
+    weights = work.shape.parameters * machine.width
+    if any(p.name == "capture" for p in found.phases) and weights > 0.9 * machine.memory:
+        said.append(
+            f"TransformerLens reads with the whole model, {_bytes(weights)} of weights: more than one {machine.name} "
+            "holds, so that it must be spread over several"
+        )
     if rows < machine.rows * copies:
         said.append(f"keys and values leave room for {rows} rows where {machine.rows * copies} would run side by side")
     if found.memory["driver"] > 8e9:
