@@ -204,7 +204,7 @@ class Machine:
     source: str = ""
 
 
-_SHARES = {"flops_share": 0.4, "bandwidth_share": 0.6, "overhead": 3e-6, "choosing": 5e-12, "rows": 256}
+_SHARES: dict[str, Any] = {"flops_share": 0.4, "bandwidth_share": 0.6, "overhead": 3e-6, "choosing": 5e-12, "rows": 256}
 _RENT = "rent: middle of what specialised clouds ask, comparison page of May 2026; yours will differ"
 MACHINES: Mapping[str, Machine] = {
     "h100": Machine(
