@@ -262,39 +262,47 @@ def main() -> None:
                         f"  tokens {'same' if said['count'] == found['count'] else 'DIFFER'}",
                         flush=True,
                     )
-    summary = [
+                if given.out:  # as far as it has come: a round takes minutes
+                    write(given.out, results, machines, given.rounds)
+    ratios = [row["ratio"] for row in summary(results)]
+    print(
+        f"seconds foretold to measured: {min(ratios):.2f} to {max(ratios):.2f}; {time.monotonic() - start:.0f} s in all"
+    )
+
+
+def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each job, what was foretold to what was measured: within a round, medians over rounds."""
+
+    def ratios(rounds: list[dict[str, Any]], key: str) -> list[float]:
+        return [r["predicted"][key] / r["measured"][key] for r in rounds]
+
+    return [
         {
             "job": name,
             "parameters": rounds[0]["measured"]["parameters"],
             "seconds": float(np.median([r["measured"]["seconds"] for r in rounds])),
             "foretold": float(np.median([r["predicted"]["seconds"] for r in rounds])),
-            "ratio": float(np.median([r["predicted"]["seconds"] / r["measured"]["seconds"] for r in rounds])),
-            "ratios": [r["predicted"]["seconds"] / r["measured"]["seconds"] for r in rounds],
-            "memory_ratio": float(np.median([r["predicted"]["memory"] / r["measured"]["memory"] for r in rounds])),
+            "ratio": float(np.median(ratios(rounds, "seconds"))),
             "memory": float(np.median([r["measured"]["memory"] for r in rounds])),
-            "flops_ratio": rounds[0]["predicted"]["flops"] / rounds[0]["measured"]["flops"],
-            "tokens_same": all(
-                r["predicted"]["count"][key] == r["measured"]["count"][key]
-                for r in rounds
-                for key in ("prefill", "decode")
-            ),
+            "memory_ratio": float(np.median(ratios(rounds, "memory"))),
+            "flops_ratio": float(np.median(ratios(rounds, "flops"))),
+            "tokens_same": all(r["predicted"]["count"] == r["measured"]["count"] for r in rounds),
         }
         for name, rounds in results.items()
     ]
-    ratios = [row["ratio"] for row in summary]
-    print(
-        f"seconds foretold to measured: {min(ratios):.2f} to {max(ratios):.2f}; {time.monotonic() - start:.0f} s in all"
-    )
-    if given.out:
-        about = {
-            "processor": processor(),
-            "torch": torch.__version__,
-            "rounds": given.rounds,
-            "date": time.strftime("%F"),
-        }
-        machine = {key: float(np.median([m[key] for m in machines])) for key in machines[0]}
-        data = {"about": about, "machine": machine, "jobs": summary, "sample_bytes": sample_bytes(), "raw": results}
-        given.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def write(out: Path, results: dict[str, list[dict[str, Any]]], machines: list[dict[str, float]], rounds: int) -> None:
+    """Everything as JSON."""
+    about = {"processor": processor(), "torch": torch.__version__, "rounds": rounds, "date": time.strftime("%F")}
+    data = {
+        "about": about,
+        "machine": {key: float(np.median([m[key] for m in machines])) for key in machines[0]},
+        "jobs": summary(results),
+        "sample_bytes": sample_bytes(),
+        "raw": results,
+    }
+    out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def processor() -> str:

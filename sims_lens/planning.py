@@ -321,12 +321,12 @@ class Drawing:
     @property
     def rows(self) -> float:
         """Responses in all."""
-        return self.prompts * self.responses
+        return float(self.prompts * self.responses)
 
     @property
     def steps(self) -> float:
         """Tokens of a response that are run: what comes after the last one is asked only where it ended, or is read."""
-        return self.response_tokens if self.whole else self.response_tokens - 1 + self.ended
+        return float(self.response_tokens if self.whole else self.response_tokens - 1 + self.ended)
 
     def count(self) -> TokenCount:
         """Tokens, as the sampler counts them."""
@@ -567,7 +567,7 @@ def _sampling(work: Workload, machine: Machine, gpus: int, rows: int, copies: in
     return Phase("sample", seconds, whole.prefill, whole.decode, work.shape.arithmetic.flops(whole))
 
 
-def _lists(work: Workload) -> list[tuple[float, int]]:
+def _lists(work: Workload) -> list[tuple[int | float, int]]:
     """How many lists are ranked, and of how many responses each: compared responses are ranked beside the base's."""
     config, compared = work.config, work.judge in ("self", "endpoint")
     train, validation, heldout = split_sizes(work.prompts, config)
