@@ -23,10 +23,10 @@ _STREAMED = 26
 _STREAMED_MLP = 5
 """The same per unit of d_mlp: the gate and its product."""
 
-_SAMPLE_BYTES = (900, 42)
-"""Of memory that a sample takes in Python, and for each of its tokens: measured, see docs/scaling.md."""
-_ROW_BYTES = (170, 11)
-"""Of a sample's line in samples.jsonl, and for each of its tokens."""
+_SAMPLE_BYTES = (95, 54)
+"""Of memory that a sample takes in Python, and for each of its tokens: measured by benchmarks/scaling.py."""
+_ROW_BYTES = (139, 13.7)
+"""Of a sample's line in samples.jsonl, and for each of its tokens: measured there, too."""
 _JUDGE_TEMPLATE = 60
 """Tokens of a judge's question beside the prompt and the responses, about."""
 
