@@ -220,8 +220,8 @@ MACHINES: Mapping[str, Machine] = {
         source="data sheet, bfloat16 without sparsity; shares are assumed, not measured; no price was looked up",
     ),
     "cpu": Machine(
-        "one thread of an AMD EPYC with AVX2", 55e9, 10e9, 24e9, overhead=2e-4, choosing=3e-9, width=4,
-        source="float32, about what docs/data/scaling.json measured here",
+        "one thread of an AMD EPYC with AVX2", 45e9, 10e9, 24e9, overhead=2.7e-3, choosing=9e-9, width=4,
+        source="float32, CPU seconds, as docs/data/scaling.json has it; measured on a busy machine",
     ),
 }  # fmt: skip
 """Machines by the name that ``sims-lens plan --hardware`` takes."""

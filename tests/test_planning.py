@@ -136,7 +136,7 @@ def test_more_of_anything_takes_longer() -> None:
     seconds = drawing_seconds(shape, machine, base, 32)
     for change in ({"prompts": 16}, {"responses": 8}, {"prompt_tokens": 60}, {"response_tokens": 32}):
         assert drawing_seconds(shape, machine, replace(base, **change), 32) > 1.05 * seconds  # type: ignore[arg-type]
-    assert drawing_seconds(Shape.of("360M"), machine, base, 32) > 2 * seconds
+    assert drawing_seconds(Shape.of("360M"), machine, base, 32) > 1.5 * seconds
     assert drawing_seconds(shape, machine, replace(base, beside=4, share=0.5), 32) == pytest.approx(
         1.5 * seconds, rel=0.1
     )
