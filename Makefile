@@ -10,7 +10,7 @@ export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config g
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 install = $(UV) pip install --quiet --python $(PY) -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow lint figures constraints clean
+.PHONY: help demo test test-slow lint docs figures constraints clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,15 +42,20 @@ test-slow: $(VENV)/.installed-test ## the statistical tests, some minutes each
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+docs: $(VENV)/.installed-docs ## the site, in docs/_build/html, offline; every warning is an error (Python 3.11 or newer)
+	@$(PY) -m doctest docs/extensions/*.py
+	@$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html $(ARGS)
+	@echo "docs/_build/html/index.html"
+
 figures: $(VENV)/.installed-dev ## docs/figures/*.png from a demo run (needs a Chromium on the machine)
 	@$(PY) benchmarks/figures.py $(ARGS)
 
 constraints: | $(UV) ## compile requirements/constraints.txt anew; the CUDA stack is left to torch's own build
 	@echo "torch==2.13.0" > .torch-pin.txt; echo "transformer-lens==3.9.0" >> .torch-pin.txt
-	@$(UV) pip compile --quiet --universal --python-version 3.10 pyproject.toml --all-extras --group dev \
+	@$(UV) pip compile --quiet --universal --python-version 3.10 pyproject.toml --all-extras --group dev --group docs \
 		-c .torch-pin.txt --no-annotate --no-header -o .constraints.txt
 	@{ sed -n '/^#/p' $(CONSTRAINTS); grep -vE '^(nvidia-|cuda-|triton|torch==)' .constraints.txt; echo "torch==2.13.0"; } > .new.txt
 	@mv .new.txt $(CONSTRAINTS); rm -f .constraints.txt .torch-pin.txt
 
 clean: ## remove .venv and caches (the converted model stays in the user's cache folder)
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist docs/_build docs/notebooks

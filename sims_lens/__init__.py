@@ -25,12 +25,12 @@ if TYPE_CHECKING:
         interaction,
         layer_sweep,
         leave_one_out,
-        logit_attribution,
         model_axes,
         readout,
         token_scores,
         vector_norms,
     )
+    from sims_lens.analysis.logit_attribution import logit_attribution
     from sims_lens.auditing import audit
     from sims_lens.behaviour import PairBehaviour, SampledBehaviour
     from sims_lens.calibration import Calibration, FluencyBudget, calibrate

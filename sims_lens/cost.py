@@ -7,7 +7,7 @@ against PyTorch's own). Peak memory is that of the whole process since it began,
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -167,16 +167,25 @@ def flops_text(flops: float) -> str:
     return f"{flops / 1e15:.2f} PFLOP" if flops >= 1e15 else f"{flops / 1e12:.{1 if flops >= 1e13 else 2}f} TFLOP"
 
 
+_KEEP_SECONDS = 5.0  # a crash loses the account of at most so many
+
+
 class Meter:
     """What happens in its ``with`` block.
 
     Args:
         count: what counts tokens there: a :class:`TokenCount`, or a mapping as a ranker's ``count``.
         arithmetic: of the model; it counts where ``count`` is a :class:`TokenCount`, as of this model's tokens.
+        keep: is given what was spent since the last time, at the end and at some calls of :meth:`tick`.
     """
 
-    def __init__(self, count: object = None, arithmetic: Arithmetic | None = None) -> None:
-        self._count, self._arithmetic = count, arithmetic
+    def __init__(
+        self,
+        count: object = None,
+        arithmetic: Arithmetic | None = None,
+        keep: Callable[[Cost], None] | None = None,
+    ) -> None:
+        self._count, self._arithmetic, self._keep = count, arithmetic, keep
         self._more = TokenCount()
         self.cost = Cost()
         """Of the block, once it has ended."""
@@ -185,22 +194,35 @@ class Meter:
         """Tokens that nobody else has counted."""
         self._more.take(count)
 
+    def tick(self) -> None:
+        """Some of it is done: every few seconds, what it took is kept, for a crash may follow."""
+        if self._keep is not None and time.perf_counter() - self._start > _KEEP_SECONDS:
+            self._lap()
+
     def __enter__(self) -> "Meter":
         self._start, self._before = time.perf_counter(), counted(self._count)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lap()
+
+    def _lap(self) -> None:
         now, spent = counted(self._count), TokenCount()
         own = self._count is None or isinstance(self._count, TokenCount)
         for f in fields(TokenCount):
             setattr(spent, f.name, getattr(now, f.name) - getattr(self._before, f.name) + getattr(self._more, f.name))
-        self.cost = Cost(
+        self._more = TokenCount()
+        cost = Cost(
             seconds=time.perf_counter() - self._start,
             prefill=spent.prefill,
             decode=spent.decode,
             flops=float(self._arithmetic.flops(spent)) if own and self._arithmetic else 0.0,
             peak=peak_memory(),
         )
+        self._start, self._before = self._start + cost.seconds, now
+        self.cost += cost
+        if self._keep is not None:
+            self._keep(cost)
 
 
 def counted(count: object) -> TokenCount:

@@ -37,6 +37,10 @@ class RunError(SimsError, ValueError):
     """A run directory is damaged, holds another run, or has nothing to go on with."""
 
 
+class DamagedError(RunError):
+    """A file of a run directory is not what was written."""
+
+
 class TooFewPairsError(RunError):
     """The ranker hardly tells the responses of an iteration apart: there is nothing to fit to."""
 

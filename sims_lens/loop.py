@@ -30,7 +30,7 @@ from sims_lens.run import Run, open_run
 from sims_lens.sampling import Sampler
 from sims_lens.selection import allocate, shrunk_spread
 from sims_lens.stats import bootstrap_mean
-from sims_lens.store import Folder, read_json, write_jsonl
+from sims_lens.store import Folder
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.workbench import Workbench, compares, derive_seed
 
@@ -79,7 +79,7 @@ def improve(
         leaves a choice open, ``docs/method.md`` says what we chose and why.
     """
     loop = _Loop.begin(model, prompts, ranker=ranker, evaluator=evaluator, config=config, out=out, sampler=sampler)
-    with Progress(loop.total(), show=progress) as bar:
+    with loop.opened(), Progress(loop.total(), show=progress) as bar:
         loop.run(bar)
     return open_run(loop.store.path)
 
@@ -112,14 +112,14 @@ class _Loop(Workbench):
         course, memory = Course(), Memory()
         for t in range(1, self.config.iterations + 1):
             folder = self.store.iteration(t)
-            if self.store.stopped and not folder.complete:
+            if self.store.ends_before(t):
                 break
             try:
                 fitted, pairs = self.learn(folder, t, course.plan, memory)
             except TooFewPairsError as error:
                 if t == 1 or self.config.guard.mode != "act":
                     raise
-                self.store.stop(f"Stopped in iteration {t}, which is left out: {error}.")
+                self.store.stop(f"Stopped in iteration {t}, which is left out: {error}.", after=t - 1)
                 break
             if t == 1:
                 course.norms = fitted["median_norm"]
@@ -128,7 +128,7 @@ class _Loop(Workbench):
             course.shuffled.append(fitted["shuffled"])
             decision = self.finish(folder, t, course, base, pairs)
             if decision is not None and decision.stop and self.config.guard.mode == "act":
-                self.store.stop(decision.reason)
+                self.store.stop(decision.reason, after=t)
                 break
         if course.chosen is not None:
             self.control(course, course.chosen, base)
@@ -144,7 +144,7 @@ class _Loop(Workbench):
 
     def base_evaluation(self) -> Evaluation:
         """The unsteered model's own figures."""
-        return Evaluation.from_json(read_json(self.store.folder("base").path / "metrics.json")["evaluation"])
+        return Evaluation.from_json(self.store.folder("base").read_json("metrics")["evaluation"])
 
     def audit(self) -> None:
         """Ask whether the ranker can be trusted, on the first responses that it will have to rank."""
@@ -161,9 +161,9 @@ class _Loop(Workbench):
                 )
             groups = groups[: wanted.audit_prompts]
             self.bar.phase(f"auditing {self.ranker.name} on {len(groups)} prompts")
-            with self.spending(folder, "audit", self.ranker):
+            with self.spending(folder, "audit", self.ranker), self.recorded(folder, "audit", self.ranker) as ranker:
                 found = audit(
-                    self.ranker,
+                    ranker,
                     [self.prompts[group[0].prompt] for group in groups],
                     [[s.text for s in group] for group in groups],
                     seed=self.config.seed,
@@ -182,7 +182,7 @@ class _Loop(Workbench):
     def first_responses(self) -> list[Sample]:
         """The training responses of iteration 1, not ranked yet where they are needed before that."""
         folder, n = self.store.iteration(1), self.config.sampling.responses
-        if (folder.path / "samples.jsonl").is_file():
+        if folder.has("samples.jsonl"):
             return folder.read_samples("samples")
         seed, what = derive_seed(self.config.seed, "train", 1), f"iteration 1/{self.config.iterations}"
         return self.responses(folder, "samples", "train", NOTHING, n=n, seed=seed, what=what)
@@ -214,7 +214,7 @@ class _Loop(Workbench):
         )
         chosen = diagnose(contrast.pairs, iteration=t, previous=memory.pairs)
         memory.pairs = contrast.pairs
-        if not (folder.path / "pairs.jsonl").is_file():
+        if not folder.has("pairs.jsonl"):
             rows = [
                 {
                     "prompt": p.prompt,
@@ -226,12 +226,12 @@ class _Loop(Workbench):
                 }
                 for p in contrast.pairs
             ]
-            write_jsonl(folder.path / "pairs.jsonl", rows)
+            folder.write_rows("pairs", rows)
 
         def asked_again() -> dict[str, Any]:
             self.bar.phase(f"{name}: auditing {self.ranker.name} on {len(contrast.pairs)} pairs")
-            with self.spending(folder, "audit", self.ranker):
-                return audit_pairs(self.ranker, self.prompts, contrast.pairs).to_json()
+            with self.spending(folder, "audit", self.ranker), self.recorded(folder, "audit", self.ranker) as ranker:
+                return audit_pairs(ranker, self.prompts, contrast.pairs).to_json()
 
         def make() -> Mapping[str, Tensor]:
             self.bar.phase(f"{name}: reading {2 * len(contrast.pairs)} responses at {self.adapter.n_layers} layers")
@@ -247,7 +247,6 @@ class _Loop(Workbench):
         figures = {"diagnostics": chosen.to_json(), "dropped": contrast.dropped, "audit": audited}
         about = {**asdict(self.provenance(f"improve, iteration {t}")), "site": config.steering.site}
         vectors = folder.tensors("vectors", make, about)
-        folder.remove("readings.safetensors")
         return vectors, figures
 
     def reranked(self, folder: Folder, bank: MemoryBank, name: str) -> MemoryBank:
@@ -257,9 +256,9 @@ class _Loop(Workbench):
 
         def make() -> list[list[float]]:
             self.bar.phase(f"{name}: ranking {len(bank)} responses of all iterations")
-            with self.spending(folder, "rank", self.ranker):
+            with self.spending(folder, "rank", self.ranker), self.recorded(folder, "bank", self.ranker) as ranker:
                 asked = [(self.prompts[i], [e.sample.text for e in entries]) for i, entries in groups.items()]
-                return [list(scores) for scores in self.ranker.rank_all(asked)]
+                return [list(scores) for scores in ranker.rank_all(asked)]
 
         scores = folder.json("bank_scores", make)
         found = {
@@ -349,9 +348,8 @@ class _Loop(Workbench):
             course.trust *= decision.shrink
             tries += 1
             self.bar.more(len(samples))
-        file = folder.path / "plan.safetensors"
-        if not file.is_file():
-            plan.save(file)
+        if not folder.has("plan.safetensors"):
+            folder.write("plan.safetensors", plan.to_bytes())
         figures = {
             "evaluation": found.to_json(),
             "guard": decision.to_json() if decision else None,
@@ -405,11 +403,11 @@ class _Loop(Workbench):
 
         def make() -> list[list[float]]:
             self.bar.phase(f"iteration {t}: asking {self.ranker.name} again about its first verdicts")
-            with self.spending(folder, "audit", self.ranker):
-                fresh = getattr(self.ranker, "uncached", None)
-                asked = as_ranker(fresh()) if callable(fresh) else self.ranker
-                lists = [(self.prompts[group[0].prompt], [s.text for s in group]) for group in first]
-                return [list(scores) for scores in asked.rank_all(lists)]
+            fresh = getattr(self.ranker, "uncached", None)
+            asked = as_ranker(fresh()) if callable(fresh) else self.ranker
+            lists = [(self.prompts[group[0].prompt], [s.text for s in group]) for group in first]
+            with self.spending(folder, "audit", self.ranker), self.recorded(folder, "again", asked) as ranker:
+                return [list(scores) for scores in ranker.rank_all(lists)]
 
         again = folder.json("first_verdicts_again", make)
         stands = []
@@ -432,10 +430,8 @@ class _Loop(Workbench):
                 self.config.steering,
                 self.provenance(name),
             )
-            file = folder.path / f"plan_{k + 1}.safetensors"
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                null.save(file)
+            if not folder.has(f"plan_{k + 1}.safetensors"):
+                folder.write(f"plan_{k + 1}.safetensors", null.to_bytes())
             samples, beside = self.measure(folder, f"heldout_{k + 1}", "heldout", null, f"control: {name}", base)
             found.append(evaluate(samples, beside))
         self.evaluated(folder, "metrics", lambda: {"controls": [e.to_json() for e in found]})

@@ -8,18 +8,17 @@ import hashlib
 import html
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
-from uuid import uuid4
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.errors import PlanError
+from sims_lens.files import write_bytes
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_site, hook_name
 from sims_lens.transforms import Addition, Transform, checked_vector, dump, label, restore
@@ -409,12 +408,20 @@ class SteeringPlan:
             PlanError: the folder is missing, a transform can't be saved, or the interventions don't fit one model.
             OSError: the disk is full, or the folder may not be written to.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         path = Path(path)
         if not path.parent.is_dir():
             raise PlanError(f"folder {path.parent} does not exist; create it first")
+        write_bytes(path, self.to_bytes())
+        return path
+
+    def to_bytes(self) -> bytes:
+        """What :meth:`save` writes: a safetensors file.
+
+        Raises:
+            PlanError: a transform can't be saved, or the interventions don't fit one model.
+        """
+        from safetensors.torch import save
+
         tensors: dict[str, Tensor] = {}
         described = []
         for index, i in enumerate(self.interventions):
@@ -441,20 +448,7 @@ class SteeringPlan:
             "interventions": described,
             "sha256": _digest(tensors),
         }
-        temporary = path.with_name(f".{uuid4().hex}.tmp")  # no other process or thread writes to it
-        try:
-            temporary.touch(exist_ok=False)
-            mode = temporary.stat().st_mode
-            save_file(tensors, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-            temporary.chmod(mode)  # safetensors 0.8 makes files that only their owner may read
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except SafetensorError as error:
-            raise PlanError(f"cannot write {path} ({_line(error)}); choose another folder") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return save(tensors, {FORMAT: json.dumps(header, sort_keys=True)})
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringPlan":

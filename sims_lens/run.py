@@ -20,7 +20,7 @@ from sims_lens.evaluate import Effect, Evaluation
 from sims_lens.guard import Decision, best_iteration
 from sims_lens.plan import NOTHING, Provenance, SteeringPlan
 from sims_lens.stats import Interval, holm, null_band
-from sims_lens.store import RunStore, read_json, read_jsonl, read_tensors
+from sims_lens.store import Folder, RunStore
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ class Iteration:
     def tensors(self) -> dict[str, Tensor]:
         """``mean_difference`` [layer, d_model], ``shuffled`` [control, layer, d_model], ``median_norm`` [layer] and
         ``split_half`` [layer], as fitted in this iteration at every layer."""
-        return read_tensors(self.path / "vectors.safetensors")
+        return Folder(self.path).read_tensors("vectors")
 
     @property
     def vectors(self) -> Float[Tensor, "layer d_model"]:
@@ -392,19 +392,21 @@ def open_run(path: str | Path) -> Run:
     store = RunStore(path)
     header = store.header()
     config = SIMSConfig.from_json(header["config"])
-    prompts = read_jsonl(store.path / "prompts.jsonl")
+    prompts = store.root.read_rows("prompts")
     base = store.folder("base")
     if not base.complete:
         raise RunError(f"{path} has not measured the base model yet; call improve(..., out={str(path)!r}) to go on")
     iterations: list[Iteration] = []
     while store.iteration(len(iterations) + 1).complete:
         folder = store.iteration(len(iterations) + 1)
-        metrics = read_json(folder.path / "metrics.json")
+        metrics = folder.read_json("metrics")
+        plan = folder.path / "plan.safetensors"
+        folder.read(plan.name)  # its checksum
         decision = Decision.from_json(metrics["guard"]) if metrics.get("guard") else None
         iterations.append(
             Iteration(
                 index=len(iterations) + 1,
-                plan=SteeringPlan.load(folder.path / "plan.safetensors"),
+                plan=SteeringPlan.load(plan),
                 evaluation=Evaluation.from_json(metrics["evaluation"]),
                 pairs=PairDiagnostics.from_json(metrics["diagnostics"]),
                 dropped=metrics["dropped"],
@@ -430,16 +432,13 @@ def open_run(path: str | Path) -> Run:
         evaluator=header.get("evaluator", ""),
         prompts=tuple(row["prompt"] for row in prompts),
         split=tuple(row["split"] for row in prompts),
-        base=Evaluation.from_json(read_json(base.path / "metrics.json")["evaluation"]),
+        base=Evaluation.from_json(base.read_json("metrics")["evaluation"]),
         iterations=tuple(iterations),
-        controls=tuple(Evaluation.from_json(e) for e in read_json(controls.path / "metrics.json")["controls"])
+        controls=tuple(Evaluation.from_json(e) for e in controls.read_json("metrics")["controls"])
         if controls.complete
         else (),
-        audit=Audit.from_json(read_json(audit.path / "audit.json")) if audit.complete else None,
-        choice={
-            int(layer): Evaluation.from_json(e)
-            for layer, e in read_json(choice.path / "metrics.json")["layers"].items()
-        }
+        audit=Audit.from_json(audit.read_json("audit")) if audit.complete else None,
+        choice={int(layer): Evaluation.from_json(e) for layer, e in choice.read_json("metrics")["layers"].items()}
         if choice.complete
         else {},
         cost=cost,

@@ -4,11 +4,13 @@ The loop works on it, and so does whatever is measured beside the loop on the sa
 """
 
 import hashlib
+import inspect
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,10 +27,10 @@ from sims_lens.evaluate import side_effects
 from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
-from sims_lens.rankers import CachedRanker, CheckedRanker, as_ranker, bound_ranker, rank
-from sims_lens.sampling import LocalSampler, Reading, Readings, ReadingSampler, Sampler
+from sims_lens.rankers import CachedRanker, CheckedRanker, RecordedRanker, as_ranker, bound_ranker, rank
+from sims_lens.sampling import Drawn, LocalSampler, Reading, Readings, ReadingSampler, Sampler
 from sims_lens.sites import check_layer
-from sims_lens.store import Folder, RunStore, read_tensors, write_jsonl, write_tensors
+from sims_lens.store import Folder, RunStore, sample_from
 
 READINGS_LIMIT = 1 << 30
 """Bytes that the stream of an iteration's responses, averaged over each one's tokens, may take in memory and on the
@@ -117,7 +119,7 @@ class Workbench:
         out: str | Path | None = None,
         sampler: Sampler | None = None,
     ) -> Bench:
-        """Check what was given and open the run directory; the arguments are those of :func:`sims_lens.improve`."""
+        """Check what was given; the arguments are those of :func:`sims_lens.improve`. Then comes :meth:`opened`."""
         config = config or SIMSConfig()
         adapter = adapt(model)
         checked = bound_ranker(ranker, model)
@@ -128,21 +130,31 @@ class Workbench:
         getattr(sampler, "check", lambda _config: None)(config)  # what an engine can't do is said before it is asked
         split = split_prompts(len(texts), config)
         store = RunStore(out if out is not None else tempfile.mkdtemp(prefix="sims-run-"))
-        store.begin(
-            {
-                "config": config.to_json(),
-                "model": asdict(adapter.provenance),
-                "ranker": checked.name,
-                "evaluator": second.name if second else "",
-                "versions": _versions(adapter),
-            },
-            [{"prompt": text, "split": name} for text, name in zip(texts, split, strict=True)],
-        )
-        if is_judge(checked) and not getattr(checked, "steered", False):
-            # An opinion costs tokens or money: a run that goes on never asks for it twice.
-            checked = as_ranker(CachedRanker(checked, store.path / "verdicts"))
         engine = sampler or LocalSampler(model, config.sampling)
         return cls(model, texts, split, checked, second, config, store, engine)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """A ``with`` block inside which the run directory is ours: begun, or the same run, with damage set aside.
+
+        Raises:
+            RunError: another process writes there, it holds something else, or it can't be written to.
+        """
+        with self.store.locked():
+            self.store.begin(
+                {
+                    "config": self.config.to_json(),
+                    "model": asdict(self.adapter.provenance),
+                    "ranker": self.ranker.name,
+                    "evaluator": self.evaluator.name if self.evaluator else "",
+                    "versions": _versions(self.adapter),
+                },
+                [{"prompt": text, "split": name} for text, name in zip(self.prompts, self.split, strict=True)],
+            )
+            if is_judge(self.ranker) and not getattr(self.ranker, "steered", False):
+                # An opinion costs tokens or money: what was asked in one step isn't asked again in another.
+                self.ranker = as_ranker(CachedRanker(self.ranker, self.store.path / "verdicts"))
+            yield
 
     def indices(self, split: str) -> list[int]:
         """Of the prompts of a split."""
@@ -158,8 +170,7 @@ class Workbench:
 
     def readings(self, folder: Folder) -> Readings | None:
         """What was read while the responses of an iteration were drawn; None where that was not done."""
-        file = folder.path / "readings.safetensors"
-        return Readings(**read_tensors(file)) if file.is_file() else None
+        return Readings(**folder.read_tensors("readings")) if folder.has("readings.safetensors") else None
 
     def responses(
         self,
@@ -174,7 +185,8 @@ class Workbench:
         asked: Sequence[str] | None = None,
         measured: int | None = None,
     ) -> list[Sample]:
-        """Responses to a split. They are on the disk before they are ranked: a ranker that fails loses none.
+        """Responses to a split. Each is in a journal on the disk as soon as it is drawn: neither a crash nor a ranker
+        that fails loses any.
 
         Args:
             folder: where they are kept.
@@ -196,33 +208,56 @@ class Workbench:
         texts = self.prompts if asked is None else asked
         measured = self.config.evaluation.measured if measured is None else measured
         able = self.sampler if isinstance(self.sampler, ReadingSampler) and self.sampler.reads(plan, site) else None
-        reading = split == "train" and self.reads(folder, n)
-        found: dict[tuple[int, int], Reading] = {}
+        reading = able is not None and split == "train" and self.reads(folder, n)
+        skips = "skip" in inspect.signature(self.sampler.sample).parameters
+        journal = folder.journal(f"{name}.responses")
+        drawn: dict[tuple[int, int], tuple[Sample, Reading | None]] = {}
 
-        def sampled(chosen: Sequence[str], count: int) -> Iterator[tuple[Sample, Reading | None]]:
+        def sampled(chosen: Sequence[str], count: int, skip: Drawn) -> Iterator[tuple[Sample, Reading | None]]:
+            common: dict[str, Any] = {"n": count, "plan": plan, "seed": seed}
             if able is not None and reading:
-                yield from able.sample_and_read(chosen, n=count, plan=plan, seed=seed, site=site)
+                yield from able.sample_and_read(chosen, **common, site=site, skip=skip)
             elif able is not None and split != "train" and asked is None:
-                for sample in able.sample_and_measure(chosen, n=count, plan=plan, seed=seed, measured=measured):
+                for sample in able.sample_and_measure(chosen, **common, measured=measured, skip=skip):
                     yield sample, None
             else:
-                for sample in self.sampler.sample(chosen, n=count, plan=plan, seed=seed):
+                for sample in self.sampler.sample(chosen, **common | ({"skip": skip} if skips else {})):
                     yield sample, None
 
-        def draw() -> Iterator[Sample]:
+        def draw() -> list[Sample]:
             self.bar.phase(f"{what}: sampling")
             self._drawn.add((folder.final, name))
-            with self.spending(folder, "sample", self.sampler):
+            for row in journal.rows():
+                sample = sample_from(row, journal.path)
+                read = Reading.from_json(row["reading"]) if row.get("reading") else None
+                if read is not None or not reading or not sample.tokens:
+                    drawn[sample.prompt, sample.draw] = sample, read
+            self.bar.advance(len(drawn))
+            with self.spending(folder, "sample", self.sampler) as meter, journal.open():
                 for count, indices in sorted(groups.items()):
-                    for sample, read in sampled([texts[i] for i in indices], count):
+                    left = [i for i in indices if any((i, k) not in drawn for k in range(count))]
+                    place = {index: at for at, index in enumerate(left)}
+                    skip = {(place[i], k) for i, k in drawn if i in place}
+                    for found, read in sampled([texts[i] for i in left], count, skip) if left else ():
+                        sample = replace(found, prompt=left[found.prompt])
+                        if (sample.prompt, sample.draw) in drawn:  # of a sampler that can't leave any out
+                            continue
+                        journal.append({**asdict(sample), "reading": read.to_json() if read else None})
+                        drawn[sample.prompt, sample.draw] = sample, read
                         self.bar.advance(1)
-                        if read is not None:
-                            found[indices[sample.prompt], sample.draw] = read
-                        yield replace(sample, prompt=indices[sample.prompt])
-                if found:  # before the samples, which say that this step is done
-                    write_tensors(folder.path / "readings.safetensors", asdict(Readings.of(found)))
+                        meter.tick()
+            if reading:  # before the samples, which say that this step is done
+                readings = {key: read for key, (_, read) in drawn.items() if read is not None}
+                folder.write_tensors("readings", asdict(Readings.of(readings)))
+            return [sample for _, (sample, _) in sorted(drawn.items())]
 
         return folder.samples(f"{name}.responses", draw)
+
+    @contextmanager
+    def recorded(self, folder: Folder, name: str, ranker: CheckedRanker) -> Iterator[CheckedRanker]:
+        """A ranker that writes down each verdict as it comes, and asks for none again that a crash left there."""
+        with folder.journal(f"{name}.verdicts").open() as journal:
+            yield RecordedRanker(ranker, journal)
 
     def ranked(
         self,
@@ -240,22 +275,24 @@ class Workbench:
         measured: int | None = None,
     ) -> list[Sample]:
         """Scored samples of a split; ``base`` are those of the base model that they will be held against."""
-        there = any((folder.path / f"{name}{end}").is_file() for end in (".jsonl", ".responses.jsonl"))
+        there = any(folder.has(f"{name}{end}") for end in (".jsonl", ".responses.jsonl"))
         if there and (folder.final, name) not in self._drawn:
             self.bar.advance(len(self.indices(split)) * n if isinstance(n, int) else sum(n.values()))
 
         def score() -> list[Sample]:
             drawn = self.responses(folder, name, split, plan, n=n, seed=seed, what=what, asked=asked, measured=measured)
             self.bar.phase(f"{what}: ranking with {self.ranker.name}")
-            with self.spending(folder, "rank", self.ranker), judging or nullcontext():
-                scored, beside = rank_beside(self.ranker, self.prompts, drawn, base)
+            with (
+                self.spending(folder, "rank", self.ranker),
+                judging or nullcontext(),
+                self.recorded(folder, name, self.ranker) as ranker,
+            ):
+                scored, beside = rank_beside(ranker, self.prompts, drawn, base)
             if beside is not None:
-                write_jsonl(folder.path / f"{name}.base.jsonl", [asdict(sample) for sample in beside])
+                folder.write_samples(f"{name}.base", beside)
             return scored
 
-        samples = folder.samples(name, score)
-        folder.remove(f"{name}.responses.jsonl")
-        return samples
+        return folder.samples(name, score)
 
     def measure(
         self,
@@ -315,26 +352,27 @@ class Workbench:
             whole = [found.get((s.prompt, s.draw), s) for s in scored]
             if self.evaluator is not None:
                 self.bar.phase(f"{what}: judging with {self.evaluator.name}")
-                with self.spending(folder, "evaluator", self.evaluator):
-                    second, again = rank_beside(self.evaluator, self.prompts, whole, base)
+                with (
+                    self.spending(folder, "evaluator", self.evaluator),
+                    self.recorded(folder, f"{name}.evaluator", self.evaluator) as evaluator,
+                ):
+                    second, again = rank_beside(evaluator, self.prompts, whole, base)
                 whole = _judged(whole, second)
                 if again is not None:
                     beside = _judged(beside, again)
             if any(a is not b for a, b in zip(beside, base, strict=True)):
-                write_jsonl(folder.path / f"{name}.base.jsonl", [asdict(sample) for sample in beside])
+                folder.write_samples(f"{name}.base", beside)
             return whole
 
-        if (folder.path / f"{name}.jsonl").is_file():
+        if folder.has(f"{name}.jsonl"):
             self.bar.advance(len(self.indices(split)) * count)
         samples = folder.samples(name, make)
-        folder.remove(f"{name}.scored.jsonl")
-        folder.remove(f"{name}.scored.base.jsonl")
         return samples, self.beside(folder, name, base)
 
     def beside(self, folder: Folder, name: str, base: Sequence[Sample]) -> list[Sample]:
         """The base model's samples, as they were scored together with others where scores hold only among those."""
         own = f"{name}.base"
-        return folder.read_samples(own) if (folder.path / f"{own}.jsonl").is_file() else list(base)
+        return folder.read_samples(own) if folder.has(f"{own}.jsonl") else list(base)
 
     def evaluated(self, folder: Folder, name: str, make: Callable[[], Any]) -> None:
         """Write a folder's figures and call it complete."""
@@ -345,12 +383,8 @@ class Workbench:
     @contextmanager
     def spending(self, folder: Folder, phase: str, counts: object = None) -> Iterator[Meter]:
         """Write down what a phase took; ``counts`` is what counts its tokens, a sampler or a ranker."""
-        meter = Meter(getattr(counts, "count", None), self.adapter.arithmetic)
-        try:
-            with meter:
-                yield meter
-        finally:
-            folder.spend(phase, meter.cost)
+        with Meter(getattr(counts, "count", None), self.adapter.arithmetic, partial(folder.spend, phase)) as meter:
+            yield meter
 
     def provenance(self, source: str) -> Provenance:
         """Where a plan of this run comes from."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sims_lens.errors import RankerError
+from sims_lens.files import parsed
 from sims_lens.rankers import CachedRanker, Ensemble, ReadingEase, Vader, as_ranker
 from sims_lens.rankers.base import CheckedRanker
 from sims_lens.rankers.cache import JOURNAL
@@ -121,6 +122,23 @@ def test_a_line_that_a_crash_cut_off_is_skipped_and_swallows_nothing(tmp_path: P
     assert len(spy.asked) == 3 and (third.hits, third.misses) == (2, 0)
 
 
+def test_a_journal_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    spy = Spy()
+    CachedRanker(spy, tmp_path).rank("p", ["a"])
+    (row,) = map(parsed, (tmp_path / JOURNAL).read_bytes().splitlines())
+    ((key, scores),) = row["verdicts"].items()
+    (tmp_path / JOURNAL).write_text(json.dumps({"key": key, "ranker": row["ranker"], "scores": scores}) + "\n")
+    assert CachedRanker(spy, tmp_path).rank("p", ["a"]) == (1 / 3,) and len(spy.asked) == 1
+
+
+def test_a_verdict_that_was_changed_is_not_believed(tmp_path: Path) -> None:
+    spy = Spy()
+    CachedRanker(spy, tmp_path).rank("p", ["a"])
+    journal = tmp_path / JOURNAL
+    journal.write_bytes(journal.read_bytes().replace(b"0.333", b"0.433"))
+    assert CachedRanker(spy, tmp_path).rank("p", ["a"]) == (1 / 3,) and len(spy.asked) == 2
+
+
 @pytest.mark.parametrize("line", ["", "{}", "[]", "null", '{"key": "k", "scores": 3}', '{"key": "k"', "\x00\xff", "7"])
 def test_lines_that_are_no_verdicts_are_skipped(tmp_path: Path, line: str) -> None:
     spy = Spy()
@@ -132,8 +150,8 @@ def test_lines_that_are_no_verdicts_are_skipped(tmp_path: Path, line: str) -> No
 
 def test_the_journal_has_no_text_in_it(tmp_path: Path) -> None:
     CachedRanker(Spy(), tmp_path).rank("secret prompt", ["secret response \ud800"])
-    (row,) = map(json.loads, (tmp_path / JOURNAL).read_text().splitlines())
-    assert sorted(row) == ["key", "ranker", "scores"] and "secret" not in json.dumps(row)
+    (row,) = map(parsed, (tmp_path / JOURNAL).read_bytes().splitlines())
+    assert sorted(row) == ["ranker", "verdicts"] and "secret" not in json.dumps(row)
 
 
 def test_what_another_process_writes_is_seen(tmp_path: Path) -> None:
@@ -158,9 +176,8 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     started = [subprocess.Popen([*command, start], cwd=Path(__file__).parent) for start in ("0", "20")]
     _fill(str(tmp_path), 40)
     assert [process.wait(timeout=100) for process in started] == [0, 0]
-    lines = (tmp_path / JOURNAL).read_text().splitlines()
-    assert all(sorted(json.loads(line)) == ["key", "ranker", "scores"] for line in lines)
-    assert len({json.loads(line)["key"] for line in lines}) == 3 * 40 + 10
+    rows = [parsed(line) for line in (tmp_path / JOURNAL).read_bytes().splitlines()]
+    assert len({key for row in rows for key in row["verdicts"]}) == 3 * 40 + 10
     assert _fill(str(tmp_path), 20) == 0
 
 

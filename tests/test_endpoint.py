@@ -18,7 +18,8 @@ import pytest
 
 from sims_lens.client import Client
 from sims_lens.errors import RankerError
-from sims_lens.rankers import CachedRanker, EndpointJudge, as_ranker
+from sims_lens.files import Journal
+from sims_lens.rankers import CachedRanker, EndpointJudge, RecordedRanker, as_ranker
 
 KEY = "sk-verysecret-0123456789"
 ENV = "SIMS_TEST_KEY"
@@ -362,6 +363,31 @@ def test_a_run_that_goes_on_asks_for_the_rest_only(serve: Callable[..., Server],
     resumed = CachedRanker(judge(server, concurrency=1, timeout=9.0), tmp_path)  # how calls are made doesn't matter
     assert resumed.rank_all(items)[:2] == first and len(server.bodies) - before == 4
     assert KEY not in (tmp_path / "verdicts.jsonl").read_text()
+
+
+def test_a_matrix_that_was_broken_off_asks_for_the_rest_only(serve: Callable[..., Server], tmp_path: Path) -> None:
+    broken = threading.Event()
+
+    def reply(body: dict[str, Any], number: int) -> Reply:
+        return (500, {}, "") if broken.is_set() and number >= 8 else by_length(body)
+
+    server = serve(reply)
+    asked = ["x", "yy", "zzz", "vvvv"]
+    with Journal(tmp_path / "whole").open() as journal:
+        whole = RecordedRanker(as_ranker(judge(server)), journal).rank("p", asked)
+    server.bodies.clear()
+    broken.set()
+    cached = as_ranker(CachedRanker(judge(server, retries=0, concurrency=2), tmp_path / "verdicts"))
+    with Journal(tmp_path / "j").open() as journal, pytest.raises(RankerError, match="500"):
+        RecordedRanker(cached, journal).rank("p", asked)
+    answered = len(Journal(tmp_path / "j").read())
+    assert answered == 8
+    broken.clear()
+    server.bodies.clear()
+    with Journal(tmp_path / "j").open() as journal:
+        assert RecordedRanker(cached, journal).rank("p", asked) == whole
+    assert len(server.bodies) == 12 - answered
+    assert KEY not in (tmp_path / "j").read_text()
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

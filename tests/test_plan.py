@@ -290,13 +290,12 @@ def test_a_loaded_plan_steers_as_the_saved_one(model: Any, tmp_path: Path) -> No
 
 
 def test_saving_over_a_plan_replaces_it_whole(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(tensors: Any, path: Path, **options: Any) -> None:
-        path.write_bytes(b"half a pl")
+    def fails(descriptor: int) -> None:
         raise OSError("disk full")
 
     before = SteeringPlan.load(saved)
     with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", fails)
+        patch.setattr("os.fsync", fails)
         with pytest.raises(OSError, match="disk full"):
             plan_of(0).save(saved)
     assert same(SteeringPlan.load(saved), before)

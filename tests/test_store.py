@@ -7,8 +7,8 @@ import torch
 
 from sims_lens.cost import Cost
 from sims_lens.data import Sample
-from sims_lens.errors import RunError
-from sims_lens.store import Folder, RunStore, read_jsonl, write_bytes, write_json, write_jsonl
+from sims_lens.errors import DamagedError, RunError
+from sims_lens.store import CHECKSUMS, Folder, RunStore, write_bytes, write_json
 
 
 def sample(text: str = "x", score: float | None = 0.1 + 0.2) -> Sample:
@@ -51,7 +51,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=r"cannot write .*f: No space left on device; free some space, then start"):
         write_bytes(file, b"new")
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -97,5 +97,66 @@ def test_a_header_of_something_else_or_of_the_future_is_refused(tmp_path: Path) 
 
 def test_jsonl_survives_any_line_separator_in_text(tmp_path: Path) -> None:
     rows = ["a\u2028b", "c\x85d", "e\x0bf", "g\r\nh"]
-    write_jsonl(tmp_path / "r.jsonl", rows)
-    assert read_jsonl(tmp_path / "r.jsonl") == rows
+    folder = Folder(tmp_path / "a")
+    folder.write_rows("r", rows)
+    assert folder.read_rows("r") == rows
+
+
+@pytest.mark.parametrize("change", [b"", b"{}", b'{"value": 2}\n'])
+def test_a_file_that_is_not_what_was_written_is_named(tmp_path: Path, change: bytes) -> None:
+    folder = Folder(tmp_path / "a")
+    folder.json("m", lambda: {"value": 1})
+    folder.json("n", lambda: {"value": 1})
+    (folder.path / "m.json").write_bytes(change)
+    with pytest.raises(DamagedError, match=r"m\.json is damaged .*start the same run again"):
+        folder.read_json("m")
+    assert folder.damaged() == ["m.json"] and folder.read_json("n") == {"value": 1}
+
+
+def test_a_file_has_its_checksum_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path / "a")
+    folder.write("f.json", b"1")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        folder.write("f.json", b"2")
+    assert folder.read("f.json") == b"1"  # two are known, the old one is there
+    folder.write("f.json", b"3")
+    folder.finish()
+    assert len((folder.path / CHECKSUMS).read_text().splitlines()) == 1 and folder.read("f.json") == b"3"
+
+
+def test_what_a_step_was_made_from_stays_until_the_folder_is_complete(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "a")
+    with folder.journal("s").open() as journal:
+        journal.append({"x": 1})
+    folder.write_rows("s.responses", [1])
+    assert folder.has("s.responses.jsonl") and folder.has("s.journal")
+    folder.finish()
+    assert [p.name for p in folder.path.iterdir()] == [CHECKSUMS]
+
+
+def test_a_run_folder_is_one_process_s(tmp_path: Path) -> None:
+    busy = pytest.raises(RunError, match="is being written by another process; wait for it")
+    with RunStore(tmp_path).locked(), busy, RunStore(tmp_path).locked():
+        pass
+    with RunStore(tmp_path).locked():
+        pass
+
+
+def test_a_begun_run_that_lost_its_header_to_a_crash_can_begin(tmp_path: Path) -> None:
+    header = {"config": {}, "model": {}, "ranker": "r", "evaluator": "", "versions": {}}
+    prompts = [{"prompt": "p", "split": "train"}]
+    RunStore(tmp_path).begin(header, prompts)
+    (tmp_path / "run.json").unlink()
+    RunStore(tmp_path).begin(header, prompts)
+    assert RunStore(tmp_path).header()["ranker"] == "r"
+    (tmp_path / "run.json").write_text("{")
+    RunStore(tmp_path).begin(header, prompts)  # what is to be written is what was written
+    assert RunStore(tmp_path).header()["ranker"] == "r"
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json is damaged; put a copy back"):
+        RunStore(tmp_path).begin(header | {"ranker": "other"}, prompts)

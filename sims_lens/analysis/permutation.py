@@ -17,7 +17,7 @@ from sims_lens.hooks import steering
 from sims_lens.run import Run
 from sims_lens.scope import TokenScope
 from sims_lens.stats import holm
-from sims_lens.store import read_jsonl
+from sims_lens.store import Folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,7 +156,7 @@ def run_differences(model: Any, run: Run, iteration: int) -> Float[Tensor, "pair
             f"the run is of {run.model.model} with [layer, d_model] = {list(turn.vectors.shape)}, {adapter.name} has "
             f"{[adapter.n_layers, adapter.d_model]}; give the run's model"
         )
-    chosen = read_jsonl(turn.path / "pairs.jsonl")
+    chosen = Folder(turn.path).read_rows("pairs")
     drawn: dict[tuple[int, int, int], tuple[int, ...]] = {}
     for t in {int(row[f"{side}_iteration"]) or iteration for row in chosen for side in ("best", "worst")}:
         drawn |= {(t, s.prompt, s.draw): s.tokens for s in run.samples(t, "train")}

@@ -24,6 +24,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -111,16 +112,18 @@ def compare(
     shares = config.evaluation
     split_seed = config.seed if shares.split_seed is None else shares.split_seed
     benches = []
-    for seed in numbers:
-        own = replace(config, seed=seed, evaluation=replace(shares, split_seed=split_seed))
-        path = folder / f"seed_{seed}"
-        given = {"ranker": ranker, "evaluator": evaluator, "config": own, "out": path, "sampler": sampler}
-        run = improve(model, prompts, **given, progress=progress)  # type: ignore[arg-type]
-        bench = _Bench.begin(model, prompts, **given)  # type: ignore[arg-type]
-        bench.run = run
-        benches.append(bench)
-    most = max(2, round(float(np.mean([bench.budget for bench in benches]))))  # one N for all seeds
-    found = [bench.methods(instruction, pairs, most, show=progress) for bench in benches]
+    with ExitStack() as stack:
+        for seed in numbers:
+            own = replace(config, seed=seed, evaluation=replace(shares, split_seed=split_seed))
+            path = folder / f"seed_{seed}"
+            given = {"ranker": ranker, "evaluator": evaluator, "config": own, "out": path, "sampler": sampler}
+            run = improve(model, prompts, **given, progress=progress)  # type: ignore[arg-type]
+            bench = _Bench.begin(model, prompts, **given)  # type: ignore[arg-type]
+            bench.run = run
+            stack.enter_context(bench.opened())
+            benches.append(bench)
+        most = max(2, round(float(np.mean([bench.budget for bench in benches]))))  # one N for all seeds
+        found = [bench.methods(instruction, pairs, most, show=progress) for bench in benches]
     controls = [control.difference.estimate for bench in benches for control in bench.run.controls]
     names = [name for name in found[0] if all(name in others for others in found)]
     comparison = Comparison(

@@ -29,7 +29,7 @@ from sims_lens.rankers import bound_ranker
 from sims_lens.run import Run
 from sims_lens.sites import check_layer
 from sims_lens.stats import Interval, bootstrap_mean, win_probability
-from sims_lens.store import read_jsonl
+from sims_lens.store import Folder
 from sims_lens.workbench import derive_seed
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def _read(model: Any, source: Run | Sequence[tuple[str, str, str]], *, layer: in
         site = source.config.steering.site
         prompts, groups = source.prompts, {g[0].prompt: g for g in by_prompt(source.samples(1, "train"))}
         chosen: dict[int, tuple[Sample, Sample]] = {}
-        pairs = sorted(read_jsonl(source.iterations[0].path / "pairs.jsonl"), key=lambda p: -p["margin"])
+        pairs = sorted(Folder(source.iterations[0].path).read_rows("pairs"), key=lambda p: -p["margin"])
         for pair in pairs:
             group = {s.draw: s for s in groups[pair["prompt"]]}
             chosen.setdefault(pair["prompt"], (group[pair["best"]], group[pair["worst"]]))

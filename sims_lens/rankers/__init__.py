@@ -13,6 +13,7 @@ from sims_lens.rankers.endpoint import EndpointJudge
 from sims_lens.rankers.ensemble import Ensemble
 from sims_lens.rankers.oracles import ReadingEase, Vader, reading_ease
 from sims_lens.rankers.pairrm import PairRM
+from sims_lens.rankers.recorded import RecordedRanker
 from sims_lens.rankers.reward_model import RewardModel
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Ensemble",
     "PairRM",
     "Ranker",
+    "RecordedRanker",
     "ReadingEase",
     "RewardModel",
     "Vader",

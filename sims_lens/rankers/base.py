@@ -21,13 +21,15 @@ from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RankerError
 from sims_lens.prompts import quote
 
-KEPT: Final = ("bind", "count", "matrix", "pointwise", "settings", "steered", "uncached")
+KEPT: Final = ("bind", "count", "keep", "matrix", "pointwise", "settings", "steered", "uncached")
 """What a checked ranker hands through from the user's object, where that has it.
 
 ``matrix(prompt, responses)`` has P(i better than j | i shown first) in row i, column j; ``count`` what the ranker has
 spent, with tokens under ``prefill`` and ``decode``; ``pointwise`` whether a response's score depends on no other
 response; ``settings`` what, beside the name, its scores depend on; ``steered`` whether it judges with the steered
-model; ``bind(...)`` makes it judge with a given one; ``uncached()`` gives the ranker that answers anew each time.
+model; ``bind(...)`` makes it judge with a given one; ``uncached()`` gives the ranker that answers anew each time;
+``keep(known, tell)`` is a ``with`` block inside which the single answers that a verdict is made of are told,
+``tell(key, answer)``, and those in ``known`` aren't asked for.
 """
 
 Item = tuple[str, Sequence[str]]

@@ -10,6 +10,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from sims_lens.errors import RankerError
+from sims_lens.files import line, parsed
 from sims_lens.rankers.base import CheckedRanker, Item, as_ranker
 from sims_lens.rankers.fingerprint import canonical
 
@@ -23,8 +24,9 @@ class CachedRanker:
 
     A verdict is filed under a hash of the ranker's name and settings, the prompt and the responses: all responses of
     the group in their order, or, for a ranker whose attribute ``pointwise`` is true, each response for itself. The
-    journal is a file of one JSON line per verdict that only grows; each is on the disk before :meth:`rank` returns. A
-    line that a crash left unfinished is skipped. Several processes may share a folder, and several rankers.
+    journal is a file that only grows, a line with a checksum for what was asked in one go; each is on the disk before
+    :meth:`rank` returns. A line that a crash left unfinished, or that is damaged, is skipped. Several processes may
+    share a folder, and several rankers.
 
     What a ranker's scores depend on is read off its attribute ``settings`` (anything that JSON can hold), each time it
     is asked. Without one, a function counts with its code, default values and what it closes over, an object with its
@@ -76,7 +78,7 @@ class CachedRanker:
         return f"<{self.name}, verdicts kept in {self.path.parent}>"
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("count", "matrix", "pointwise", "steered"):
+        if name not in ("count", "keep", "matrix", "pointwise", "steered"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.ranker, name)
 
@@ -170,8 +172,12 @@ class CachedRanker:
         return canonical(self.ranker) if self._settings is None else canonical(self.ranker, self._settings)
 
     def _append(self, verdicts: Mapping[str, tuple[float, ...]]) -> None:
-        """Add lines to the journal, under a lock, flushed to the disk."""
-        lines = [json.dumps({"key": key, "ranker": self.name, "scores": v}) + "\n" for key, v in verdicts.items()]
+        """Add a line to the journal, under a lock, flushed to the disk.
+
+        What was asked in one go stays together: a crash that lost a part of it would have that part asked in another
+        batch, with other last bits where a model judges.
+        """
+        data = line({"ranker": self.name, "verdicts": verdicts})
         try:
             with FileLock(f"{self.path}.lock", timeout=_PATIENCE), self.path.open("a+b") as file:
                 end = file.seek(0, os.SEEK_END)
@@ -179,7 +185,7 @@ class CachedRanker:
                     file.seek(end - 1)
                     if file.read(1) != b"\n":  # a crash left the last line unfinished: it must not swallow ours
                         file.write(b"\n")
-                file.write("".join(lines).encode())
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except Timeout as error:
@@ -203,10 +209,9 @@ class CachedRanker:
             raise RankerError(f"{self.path} can't be read: {error.strerror or error}") from error
         whole, newline, _ = data.rpartition(b"\n")  # what comes after is being written, or never was to its end
         self._read_to += len(whole) + len(newline)
-        for line in whole.split(b"\n"):
-            verdict = _verdict(line)
-            if verdict is not None:
-                self._known.setdefault(*verdict)
+        for row in whole.split(b"\n"):
+            for key, scores in _verdicts(row).items():
+                self._known.setdefault(key, scores)
 
 
 def _units(prompt: str, responses: Sequence[str], pointwise: bool) -> list[tuple[str, ...]]:
@@ -223,10 +228,11 @@ def _key(identity: str, prompt: str, responses: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _verdict(line: bytes) -> tuple[str, tuple[float, ...]] | None:
-    """A line of the journal; None for one that is no verdict."""
+def _verdicts(data: bytes) -> dict[str, tuple[float, ...]]:
+    """What a line of the journal holds; nothing where it is damaged."""
     try:
-        row = json.loads(line)
-        return str(row["key"]), tuple(float(score) for score in row["scores"])
-    except (ValueError, TypeError, KeyError):
-        return None
+        row = parsed(data) if not data.startswith(b"{") else json.loads(data)  # an earlier version had no checksums
+        found = row["verdicts"] if "verdicts" in row else {row["key"]: row["scores"]}
+        return {str(key): tuple(float(score) for score in scores) for key, scores in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}

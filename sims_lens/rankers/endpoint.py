@@ -1,9 +1,11 @@
 """A judge behind an OpenAI-compatible endpoint."""
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import permutations
 from threading import Event, Lock
 from typing import Any, Final
@@ -118,6 +120,8 @@ class EndpointJudge:
         self._criterion, self._template = criterion, template
         self._price, self._concurrency = price, concurrency
         self._logprobs, self._lock = "logprobs" in self._request, Lock()
+        self._known: Mapping[str, float] = {}
+        self._tell: Callable[[str, float], None] | None = None
         self.count = {"calls": 0, "retries": 0, "unparsable": 0, "prefill": 0, "decode": 0}
 
     def __repr__(self) -> str:
@@ -172,6 +176,20 @@ class EndpointJudge:
             found[pair] = verdict
         return found
 
+    @contextmanager
+    def keep(self, known: Mapping[str, float], tell: Callable[[str, float], None]) -> Iterator[None]:
+        """A ``with`` block inside which every answer is told as it comes, so that a crash loses none of a matrix.
+
+        Args:
+            known: P(first is better) by the question's key; these are not asked for.
+            tell: is called with a key and an answer, by one thread at a time.
+        """
+        self._known, self._tell = known, tell
+        try:
+            yield
+        finally:
+            self._known, self._tell = {}, None
+
     def _ask(self, questions: Sequence[tuple[str, str, str]]) -> list[float]:
         """P(first is better) of each question, some at the same time. One that fails stops the others."""
         concurrency = min(self._concurrency, max(1, len(questions)))
@@ -179,7 +197,16 @@ class EndpointJudge:
         return [found[number] for number in range(len(questions))]
 
     def _verdict(self, stop: Event, question: tuple[str, str, str]) -> float:
-        prompt, first, second = question
+        key = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
+        if key in self._known:
+            return float(self._known[key])
+        verdict = self._judged(stop, *question)
+        with self._lock:
+            if self._tell is not None:
+                self._tell(key, verdict)
+        return verdict
+
+    def _judged(self, stop: Event, prompt: str, first: str, second: str) -> float:
         texts = {"criterion": self._criterion, "prompt": prompt, "first": first, "second": second}
         text = _FIELD.sub(lambda match: texts[match[1]], self._template)
         body = {"messages": [{"role": "user", "content": text}], **self._request}

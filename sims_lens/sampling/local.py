@@ -18,6 +18,7 @@ from sims_lens.data import Sample
 from sims_lens.errors import ModelError
 from sims_lens.hooks import steering
 from sims_lens.plan import SteeringPlan
+from sims_lens.sampling.base import Drawn
 from sims_lens.sampling.decode import Decoder, Job, Row
 from sims_lens.sampling.draw import choose, cut_at, uniforms
 from sims_lens.sampling.lanes import LANE_ROWS, Lane, Lanes, split
@@ -57,9 +58,19 @@ class LocalSampler:
         self.road = "not run yet"
         self._bodies: Bodies | None = None
 
-    def sample(self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int) -> Iterator[Sample]:
-        """Yield the samples as they finish, those of short prompts first. See :class:`Sampler`."""
-        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed):
+    def sample(
+        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, skip: Drawn = ()
+    ) -> Iterator[Sample]:
+        """Yield the samples as they finish, those of short prompts first. See :class:`Sampler`.
+
+        Args:
+            prompts: texts.
+            n: responses to each.
+            plan: what steers.
+            seed: of the draws.
+            skip: prompt and draw of samples that are there already; the others don't depend on it.
+        """
+        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, skip=skip):
             yield sample
 
     def complete(
@@ -77,7 +88,14 @@ class LocalSampler:
             yield sample
 
     def sample_and_measure(
-        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, measured: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int,
+        plan: SteeringPlan,
+        seed: int,
+        measured: int | None = None,
+        skip: Drawn = (),
     ) -> Iterator[Sample]:
         """Like :meth:`sample`, and with each sample its ``nll`` and ``kl``, measured while it was drawn.
 
@@ -90,17 +108,26 @@ class LocalSampler:
             plan: what steers.
             seed: of the draws.
             measured: only the first so many responses to each prompt are measured; all where None.
+            skip: see :meth:`sample`.
 
         Raises:
             ModelError: :meth:`reads` is False, or a plan is attached to the model.
         """
         if self.model.__dict__.get(TRACKER) is not None:
             raise ModelError("side effects are measured against the unsteered model; detach the plan that is attached")
-        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, measured=n if measured is None else measured):
+        sides = n if measured is None else measured
+        for sample, _ in self._sample(prompts, n=n, plan=plan, seed=seed, measured=sides, skip=skip):
             yield sample
 
     def sample_and_read(
-        self, prompts: Sequence[str], *, n: int, plan: SteeringPlan, seed: int, site: str = "resid_post"
+        self,
+        prompts: Sequence[str],
+        *,
+        n: int,
+        plan: SteeringPlan,
+        seed: int,
+        site: str = "resid_post",
+        skip: Drawn = (),
     ) -> Iterator[tuple[Sample, Reading | None]]:
         """Like :meth:`sample`, and with each sample the stream of its own tokens, read while they were drawn.
 
@@ -113,7 +140,7 @@ class LocalSampler:
         Raises:
             ModelError: :meth:`reads` is False: use ``capture`` then.
         """
-        yield from self._sample(prompts, n=n, plan=plan, seed=seed, site=site)
+        yield from self._sample(prompts, n=n, plan=plan, seed=seed, site=site, skip=skip)
 
     def reads(self, plan: SteeringPlan, site: str = "resid_post") -> bool:
         """Whether :meth:`sample_and_read` and :meth:`sample_and_measure` work under a plan, for the model as it is now.
@@ -144,13 +171,17 @@ class LocalSampler:
         site: str | None = None,
         measured: int = 0,
         encoded: Sequence[Sequence[int]] | None = None,
+        skip: Drawn = (),
     ) -> Iterator[tuple[Sample, Reading | None]]:
         adapter, config = adapt(self.model), self.config
         if encoded is None:
             encoded = [adapter.encode(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         rows = [
-            Row(i, k, uniforms(seed, prompts[i], k, config.max_new_tokens).tolist()) for i in order for k in range(n)
+            Row(i, k, uniforms(seed, prompts[i], k, config.max_new_tokens).tolist())
+            for i in order
+            for k in range(n)
+            if (i, k) not in skip
         ]
         if not rows:
             return

@@ -1,11 +1,13 @@
 """Reading the stream while responses are drawn: the decode loop has just computed those very activations."""
 
+import base64
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +28,24 @@ class Reading:
 
     mean: Float[Tensor, "layer d_model"]
     norms: Float[Tensor, "token layer"]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, bit for bit."""
+        return {"layers": len(self.mean), "mean": _text(self.mean), "norms": _text(self.norms)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Reading":
+        """The inverse of :meth:`to_json`."""
+        layers = int(data["layers"])
+        return cls(_floats(data["mean"]).reshape(layers, -1), _floats(data["norms"]).reshape(-1, layers))
+
+
+def _text(values: Float[Tensor, "..."]) -> str:
+    return base64.b64encode(values.contiguous().numpy().astype("<f4").tobytes()).decode()
+
+
+def _floats(text: str) -> Float[Tensor, " n"]:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), "<f4").astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
