@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from sims_lens.report import write_report
     from sims_lens.run import Run, open_run
     from sims_lens.sampling import LocalSampler
+    from sims_lens.scale import VLLMSampler
     from sims_lens.scope import TokenScope
     from sims_lens.stats import bootstrap_mean
     from sims_lens.supervised import SteeringFit, fit, read_pairs
@@ -159,6 +160,7 @@ _HOME = {
     "Run": "run",
     "open_run": "run",
     "LocalSampler": "sampling",
+    "VLLMSampler": "scale",
     "TokenScope": "scope",
     "bootstrap_mean": "stats",
     "SteeringFit": "supervised",
@@ -222,6 +224,7 @@ __all__ = [
     "SteeringPlan",
     "StoredTokens",
     "TokenScope",
+    "VLLMSampler",
     "Vader",
     "WhitenedMeanDifference",
     "analysis",

@@ -403,7 +403,7 @@ def diagnose(
 
 
 def plan_digest(plan: SteeringPlan) -> str:
-    """Twelve hex digits that change when what a plan does changes: site, transform, strength or scope.
+    """Twelve hex digits that change when what a plan does changes: site, transform, strength, scope or decay.
 
     Names of models and sources do not enter.
 
@@ -414,6 +414,7 @@ def plan_digest(plan: SteeringPlan) -> str:
     for i in plan.interventions:
         tensors = i.transform.tensors()
         what = [i.layer, i.site, i.transform.kind, i.coefficient, i.units, i.residual_norm, i.scope.to_json()]
+        what += [] if i.half_life is None else [i.half_life]  # so that plans without one keep their digests
         digest.update(json.dumps([*what, sorted(tensors)], sort_keys=True).encode())
         for name in sorted(tensors):
             digest.update(tensors[name].detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The command line: ``sims-lens demo | improve | fit | generate | export | report``.
+"""The command line: ``sims-lens demo | improve | plan | fit | generate | export | report``.
 
 Exit codes: 0 done, 2 something that was given can't be used (one line says what and what to do), 130 interrupted; an
 interrupted run goes on when the same command is given again.
@@ -7,7 +7,7 @@ interrupted run goes on when the same command is given again.
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from sims_lens.config import GuardConfig, SamplingConfig, SIMSConfig
-from sims_lens.errors import ExportError, FitError, PlanError, SimsError
+from sims_lens.errors import ConfigError, ExportError, FitError, PlanError, SimsError
 from sims_lens.terminal import plain, say
 
 if TYPE_CHECKING:
@@ -87,6 +87,62 @@ class Improve:
         prompts = read_prompts(self.prompts)
         judges = _Judges(self.ranker, self.criterion, self.evaluator)
         return _improve(self.model, self.revision, self.kind, prompts, judges, self.config, self.out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take, before it starts: time, memory, money, and what will hurt first. docs/scaling.md."""
+
+    prompts: int
+    """How many."""
+    model_size: str = "135M"
+    """Parameters, such as 8B, or a folder with a config.json."""
+    hardware: str = "cpu"
+    """h100, a100, l4 or cpu (one thread)."""
+    gpus: int = 1
+    """How many of it."""
+    prompt_tokens: float = 60.0
+    """Of a prompt, chat template included, on average."""
+    response_tokens: float | None = None
+    """Of a response, on average; by default max-new-tokens."""
+    judge: str = "function"
+    """function, self (the model), reward-model (one of the model's size) or endpoint."""
+    judge_per_second: float = 4.0
+    """Calls that an endpoint answers per second."""
+    judge_price: tuple[float, float] | None = None
+    """Dollars for a million tokens that an endpoint reads, and that it writes."""
+    dollars_per_hour: float | None = None
+    """Of one GPU, where yours isn't the default's."""
+    sampler: str = "local"
+    """local or vllm."""
+    config: Annotated[SIMSConfig, arg(name="")] = field(default_factory=SIMSConfig)
+    json: Path | None = None
+    """Write a machine-readable result here."""
+
+    def run(self) -> dict[str, Any]:
+        """Foretell, and say it."""
+        from sims_lens.planning import MACHINES, Shape, Workload, forecast
+
+        if self.hardware not in MACHINES:
+            raise ConfigError(f"hardware {self.hardware!r} is not one of {', '.join(MACHINES)}")
+        machine = MACHINES[self.hardware]
+        if self.dollars_per_hour is not None:
+            machine = replace(machine, dollars_per_hour=self.dollars_per_hour)
+        work = Workload(
+            Shape.of(self.model_size),
+            self.prompts,
+            prompt_tokens=self.prompt_tokens,
+            response_tokens=self.response_tokens,
+            config=self.config,
+            judge=self.judge,
+            judge_price=self.judge_price,
+            judge_per_second=self.judge_per_second,
+            sampler=self.sampler,
+        )
+        found = forecast(work, machine, gpus=self.gpus)
+        print(found)
+        print(f"  machine: {machine.source}")
+        return found.to_json()
 
 
 @dataclass(frozen=True)
@@ -413,6 +469,7 @@ class Report:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "improve": Improve,
+    "plan": Plan,
     "compare": Compare,
     "fit": Fit,
     "generate": Generate,

@@ -59,3 +59,7 @@ class ExportError(SimsError, ValueError):
 
 class CapabilityError(SimsError, ValueError):
     """A capability evaluation can't be run: a package, a task or its data is missing, or a request can't be met."""
+
+
+class SamplerError(SimsError, ValueError):
+    """An engine that samples failed, or can't do what is asked of it."""

@@ -127,6 +127,7 @@ class Workbench:
         texts = check_prompts(prompts)
         check_config(adapter, config)
         check_lengths(adapter, texts, config.sampling.max_new_tokens)
+        getattr(sampler, "check", lambda _config: None)(config)  # what an engine can't do is said before it is asked
         split = split_prompts(len(texts), config)
         store = RunStore(out if out is not None else tempfile.mkdtemp(prefix="sims-run-"))
         engine = sampler or LocalSampler(model, config.sampling)

@@ -16,9 +16,9 @@ ROOT = Path(sims_lens.__file__).parent
 # What docs/architecture.md draws: a module imports only from levels below its own, or beside it in its own folder.
 LEVELS = {
     0: ["errors", "sites", "scope", "data", "config", "cost", "stats", "progress", "terminal", "token_rows", "typed"]
-    + ["files", "holders"]
+    + ["files", "holders", "client"]
     + ["estimators", "prompts", "transforms"],
-    1: ["plan", "contrast", "store", "moments", "guard"],
+    1: ["plan", "contrast", "store", "moments", "guard", "planning"],
     2: ["adapter", "bank", "selection", "hub"],
     3: ["models", "twin", "capture_store"],
     4: ["activations"],
@@ -28,7 +28,7 @@ LEVELS = {
     8: ["auditing", "behaviour"],
     9: ["iteration", "run", "calibration", "course", "workbench"],
     10: ["loop", "analysis", "export"],
-    11: ["comparison", "lab"],
+    11: ["comparison", "lab", "scale"],
     12: ["plots"],
     13: ["report", "widgets"],
     14: ["cli"],

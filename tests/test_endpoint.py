@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sims_lens.client import Client, _body
 from sims_lens.errors import RankerError
 from sims_lens.files import Journal
 from sims_lens.rankers import CachedRanker, EndpointJudge, RecordedRanker, as_ranker
-from sims_lens.rankers.endpoint import _answer, _body
+from sims_lens.rankers.endpoint import _answer
 
 KEY = "sk-verysecret-0123456789"
 ENV = "SIMS_TEST_KEY"
@@ -74,7 +75,7 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
     monkeypatch.setenv(ENV, KEY)
-    monkeypatch.setattr("sims_lens.rankers.endpoint._FIRST_WAIT", 0.002)
+    monkeypatch.setattr("sims_lens.client._FIRST_WAIT", 0.002)
     started: list[ThreadingHTTPServer] = []
 
     def start(reply: Callable[[dict[str, Any], int], Reply]) -> Server:
@@ -294,11 +295,11 @@ def test_a_server_says_when_to_come_back(serve: Callable[..., Server], monkeypat
 
 def test_waits_grow_and_are_random_in_part(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("sims_lens.rankers.endpoint._FIRST_WAIT", 0.5)
-    monkeypatch.setattr(EndpointJudge, "_pause", lambda self, stop, seconds: waits.append(seconds))
+    monkeypatch.setattr("sims_lens.client._FIRST_WAIT", 0.5)
+    monkeypatch.setattr(Client, "_pause", lambda self, stop, seconds: waits.append(seconds))
     server = serve(lambda body, number: (500, {}, ""))
     with pytest.raises(RankerError, match="failed 9 times"):
-        judge(server, concurrency=1, retries=8)._call(threading.Event(), {})
+        judge(server, retries=8)._client.post({}, dict, what="answer")
     longest = [0.5, 1, 2, 4, 8, 15, 15, 15]
     waits = [wait for wait in waits if wait > 0]
     assert len(waits) == 8 and all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
@@ -324,7 +325,7 @@ def test_a_slow_server_is_asked_again(serve: Callable[..., Server]) -> None:
 
 
 def test_an_answer_comes_to_an_end(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sims_lens.rankers.endpoint._MOST_BYTES", 5000)
+    monkeypatch.setattr("sims_lens.client._MOST_BYTES", 5000)
     with pytest.raises(RankerError, match="gave an answer of more than"):
         judge(serve(lambda body, number: (200, {}, "x" * 6000))).rank("p", ["x", "y"])
 
@@ -338,18 +339,22 @@ def test_an_answer_comes_to_an_end(serve: Callable[..., Server], monkeypatch: py
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"choices": 3}', "1" * 5000, '{"choices": [{"message": {}}]}' * 2])
-def test_an_answer_that_is_none_is_asked_for_again(text: str) -> None:
-    assert _answer(text.encode()) is None
+def test_an_answer_that_is_none_is_asked_for_again(serve: Callable[..., Server], text: str) -> None:
+    server = serve(lambda body, number: (200, {}, text))
+    with pytest.raises(RankerError, match="2 times in a row; .* that is no chat completion"):
+        judge(server, retries=1).rank("p", ["x", "y"])
 
 
 def test_a_probability_that_is_no_number_is_no_verdict() -> None:
     likely = [{"token": "A", "logprob": float("nan")}, {"token": "B", "logprob": -1.0}]
     choice = {"message": {"content": "A"}, "logprobs": {"content": [{"top_logprobs": likely}]}}
-    assert _answer(json.dumps({"choices": [choice]}).encode()) is None
+    with pytest.raises(ValueError, match="no number"):
+        _answer({"choices": [choice]})
     likely[0]["logprob"] = float("-inf")
-    found = _answer(json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1}}).encode())
-    assert found is not None and found["likeliest"][0] == ("A", float("-inf"))
-    assert _answer(json.dumps({"choices": [choice], "usage": {"prompt_tokens": float("inf")}}).encode()) is None
+    found = _answer({"choices": [choice], "usage": {"prompt_tokens": 1}})
+    assert found["likeliest"][0] == ("A", float("-inf"))
+    with pytest.raises(OverflowError):
+        _answer({"choices": [choice], "usage": {"prompt_tokens": float("inf")}})
 
 
 def test_nobody_there(serve: Callable[..., Server]) -> None:
@@ -363,7 +368,7 @@ def test_nobody_there(serve: Callable[..., Server]) -> None:
 def test_one_failure_for_good_stops_the_other_calls(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sims_lens.rankers.endpoint._FIRST_WAIT", 30.0)
+    monkeypatch.setattr("sims_lens.client._FIRST_WAIT", 30.0)
 
     def reply(body: dict[str, Any], number: int) -> Reply:
         if number == 3:

@@ -42,11 +42,7 @@ def to_vllm(model: Any, plan: SteeringPlan, path: str | Path, *, tolerance: floa
     """
 
     def write(held: SteeringPlan, target: Path) -> None:
-        specs = {
-            f"blocks.{layer}.hook_out": {"op": "add", "value": vector.tolist()}
-            for (layer, _), vector in held.vectors().items()
-        }
-        target.write_text(json.dumps(specs))
+        target.write_text(json.dumps(specs(held)))
 
     return write_file(
         model,
@@ -58,6 +54,18 @@ def to_vllm(model: Any, plan: SteeringPlan, path: str | Path, *, tolerance: floa
         read=from_vllm,
         tolerance=tolerance,
     )
+
+
+def specs(plan: SteeringPlan) -> dict[str, dict[str, Any]]:
+    """The intervention specs of a plan of additions at block outputs on all tokens, by hook point.
+
+    >>> specs(SteeringPlan.addition({1: torch.ones(2)}, coefficient=0.5, scope="all"))
+    {'blocks.1.hook_out': {'op': 'add', 'value': [0.5, 0.5]}}
+    """
+    return {
+        f"blocks.{layer}.hook_out": {"op": "add", "value": vector.tolist()}
+        for (layer, _), vector in plan.vectors().items()
+    }
 
 
 def from_vllm(path: str | Path) -> SteeringPlan:

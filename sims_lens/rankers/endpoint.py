@@ -1,31 +1,20 @@
-"""A judge behind an OpenAI-compatible endpoint, with nothing but the standard library."""
+"""A judge behind an OpenAI-compatible endpoint."""
 
 import hashlib
-import ipaddress
 import json
 import math
-import os
-import random
 import re
-import ssl
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from itertools import permutations
 from threading import Event, Lock
 from typing import Any, Final
-from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 import numpy as np
 from jaxtyping import Float
 
-from sims_lens.errors import RankerError, SimsError
+from sims_lens.client import Client, in_parallel
+from sims_lens.errors import RankerError
 
 TEMPLATE: Final = """Here are a prompt and two responses to it. Which response is {criterion}?
 
@@ -43,11 +32,6 @@ Answer with one letter, A or B, and nothing else."""
 
 _FIELD: Final = re.compile(r"\{(criterion|prompt|first|second)\}")
 _LETTER: Final = re.compile(r"[\s\W]*([AB])[\s\W]*")  # "A", "(B)", "**A**."; not "A is better": it may be "A good ..."
-_FIRST_WAIT: Final = 0.5  # seconds before the first retry, doubled each time
-_LAST_WAIT: Final = 15.0  # the doubling ends here
-_LONGEST_WAIT: Final = 120.0  # a server that asks for more has closed for the day
-_MOST_BYTES: Final = 16 << 20
-_LONGEST_CALLS: Final = 10  # timeouts that an answer may take in all: one that drips never stands still
 
 
 class EndpointJudge:
@@ -110,36 +94,32 @@ class EndpointJudge:
         retries: int = 12,
         body: Mapping[str, Any] | None = None,
     ) -> None:
-        self.url, self._host, self._local = _address(base_url)
+        client = Client(
+            base_url,
+            "/chat/completions",
+            error=RankerError,
+            about=f"(model {model!r})",
+            api_key_env=api_key_env,
+            per_minute=per_minute,
+            timeout=timeout,
+            retries=retries,
+        )
         lacking = sorted({"criterion", "prompt", "first", "second"} - set(_FIELD.findall(template)))
         if lacking:
             raise RankerError(f"the template lacks {', '.join(f'{{{name}}}' for name in lacking)}; put it in")
-        if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
-            raise RankerError(  # and doesn't say what it is: it may be the key itself
-                "api_key_env is the name of an environment variable, in capitals, such as 'OPENAI_API_KEY', and never "
-                "the key"
-            )
-        for name, value, least in (
-            ("per_minute", per_minute, None),
-            ("timeout", timeout, None),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-        ):
-            if value is not None and not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-                raise RankerError(f"{name} = {value} is not {'above 0' if least is None else f'{least} or more'}")
+        if concurrency < 1:
+            raise RankerError(f"concurrency = {concurrency} is not 1 or more")
         self.name = f"{model}({criterion})"
         self._request = {"model": model, "temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
         self._request = {key: value for key, value in (self._request | dict(body or {})).items() if value is not None}
         try:
-            self._identity = json.loads(json.dumps([self.url, self._request, criterion, template]))
+            self._identity = json.loads(json.dumps([client.url, self._request, criterion, template]))
         except (TypeError, ValueError) as error:
             raise RankerError(f"body holds something that JSON can't: {error}") from error
-        self._criterion, self._template, self._key_name = criterion, template, api_key_env
-        self._price, self._gap = price, 60 / per_minute if per_minute else 0.0
-        self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
-        self._logprobs = "logprobs" in self._request
-        self._opener = _opener(self._local)
-        self._lock, self._next, self._random = Lock(), 0.0, random.Random()
+        self.url, self._client = client.url, client
+        self._criterion, self._template = criterion, template
+        self._price, self._concurrency = price, concurrency
+        self._logprobs, self._lock = "logprobs" in self._request, Lock()
         self._known: Mapping[str, float] = {}
         self._tell: Callable[[str, float], None] | None = None
         self.count = {"calls": 0, "retries": 0, "unparsable": 0, "prefill": 0, "decode": 0}
@@ -212,40 +192,35 @@ class EndpointJudge:
 
     def _ask(self, questions: Sequence[tuple[str, str, str]]) -> list[float]:
         """P(first is better) of each question, some at the same time. One that fails stops the others."""
-        if not questions:
-            return []
-        stop = Event()
-        with ThreadPoolExecutor(min(self._concurrency, len(questions))) as pool:
-            futures: list[Future[float]] = [pool.submit(self._verdict, stop, *question) for question in questions]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # an interrupt from the keyboard comes here too
-                stop.set()  # no-one starts another call
-                for future in futures:
-                    future.cancel()
-        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-        for error in sorted(errors, key=lambda error: isinstance(error, _StoppedError)):
-            raise error
-        return [future.result() for future in futures]
+        concurrency = min(self._concurrency, max(1, len(questions)))
+        found = dict(in_parallel(self._verdict, questions, concurrency=concurrency))
+        return [found[number] for number in range(len(questions))]
 
-    def _verdict(self, stop: Event, prompt: str, first: str, second: str) -> float:
-        key = hashlib.sha256(json.dumps([prompt, first, second]).encode()).hexdigest()[:16]
+    def _verdict(self, stop: Event, question: tuple[str, str, str]) -> float:
+        key = hashlib.sha256(json.dumps(question).encode()).hexdigest()[:16]
         if key in self._known:
             return float(self._known[key])
-        try:
-            verdict = self._judged(stop, prompt, first, second)
-            with self._lock:
-                if self._tell is not None:
-                    self._tell(key, verdict)
-        except SimsError:
-            stop.set()
-            raise
+        verdict = self._judged(stop, *question)
+        with self._lock:
+            if self._tell is not None:
+                self._tell(key, verdict)
         return verdict
 
     def _judged(self, stop: Event, prompt: str, first: str, second: str) -> float:
         texts = {"criterion": self._criterion, "prompt": prompt, "first": first, "second": second}
         text = _FIELD.sub(lambda match: texts[match[1]], self._template)
-        answer = self._call(stop, {"messages": [{"role": "user", "content": text}], **self._request})
+        body = {"messages": [{"role": "user", "content": text}], **self._request}
+        try:
+            answer = self._client.post(
+                body if self._logprobs else _without_logprobs(body),
+                _answer,
+                what="chat completion",
+                stop=stop,
+                amend=self._for_a_letter,
+            )
+        finally:
+            with self._lock:
+                self.count["retries"] = self._client.repeated
         verdict = verdict_of(answer)
         with self._lock:
             self.count["calls"] += 1
@@ -254,91 +229,12 @@ class EndpointJudge:
             self.count["unparsable"] += verdict is None
         return 0.5 if verdict is None else verdict
 
-    def _call(self, stop: Event, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask until there is an answer, or no hope of one."""
-        problem = ""
-        for attempt in range(self._retries + 1):
-            self._wait_for_turn(stop)
-            if not self._logprobs:
-                body = {key: value for key, value in body.items() if key not in ("logprobs", "top_logprobs")}
-            try:
-                return self._send(body)
-            except _FailureError as failure:
-                problem, hint = failure.problem, failure.wait
-                if failure.final and failure.about_logprobs and "logprobs" in body:
-                    self._logprobs = False  # this server knows none: ask for a letter from now on
-                    continue
-                if failure.final:
-                    raise RankerError(f"{self._where()} {problem}") from None
-                if hint is not None and hint > _LONGEST_WAIT:
-                    raise RankerError(f"{self._where()} {problem} and asks to wait {hint:.0f} s; go on then") from None
-            if attempt < self._retries:
-                with self._lock:
-                    self.count["retries"] += 1
-                    share = self._random.uniform(0.5, 1)
-                own = min(_FIRST_WAIT * 2**attempt, _LAST_WAIT) * share
-                self._pause(stop, own if hint is None else max(hint, own))
-        raise RankerError(
-            f"{self._where()} failed {self._retries + 1} times in a row; the last time it {problem}. "
-            "What was judged before is kept where verdicts are cached: go on later"
-        )
-
-    def _send(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """One call. What it raises says nothing about the key."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "sims_lens"}
-        key = self._key()
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        request = Request(self.url, json.dumps(body).encode(), headers, method="POST")
-        try:
-            with self._opener.open(request, timeout=self._timeout) as response:
-                data = _body(response, time.monotonic() + _LONGEST_CALLS * self._timeout)
-        except HTTPError as error:
-            with error:
-                raise _refusal(error, key) from None
-        except (OSError, HTTPException) as error:  # a timeout is an OSError too
-            reason = error.reason if isinstance(error, URLError) else error
-            kind = type(reason).__name__
-            if isinstance(reason, ssl.SSLCertVerificationError):
-                raise _FailureError(
-                    f"has a certificate that isn't valid ({reason.verify_message})", final=True
-                ) from None
-            if isinstance(reason, TimeoutError):
-                raise _FailureError(f"didn't answer within {self._timeout:g} s") from None
-            raise _FailureError(f"couldn't be reached, or broke off ({kind})") from None
-        answer = _answer(data)
-        if answer is None:
-            raise _FailureError("gave an answer that is no chat completion in JSON")
-        return answer
-
-    def _key(self) -> str:
-        """The key, from the environment."""
-        if self._key_name is None:
-            return ""
-        key = os.environ.get(self._key_name, "").strip()
-        if not key and not self._local:
-            raise RankerError(f"{self._where()} needs a key: set the environment variable {self._key_name}")
-        if not key.isascii() or not key.isprintable() or " " in key:
-            raise RankerError(
-                f"what {self._key_name} holds can't be a key: it has spaces, line breaks or odd characters"
-            )
-        return key
-
-    def _where(self) -> str:
-        return f"the endpoint {self.url} (model {self._request['model']!r})"
-
-    def _wait_for_turn(self, stop: Event) -> None:
-        """Keep the rate, over all threads."""
-        with self._lock:
-            now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + self._gap
-        self._pause(stop, turn - now)
-
-    def _pause(self, stop: Event, seconds: float) -> None:
-        """Wait, unless another call has failed for good."""
-        if stop.wait(seconds) if seconds > 0 else stop.is_set():
-            raise _StoppedError(f"{self._where()}: stopped, because another call failed")
+    def _for_a_letter(self, said: str, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Where a server knows no log-probabilities, it is asked for a letter from then on."""
+        if "logprob" not in said or "logprobs" not in body:
+            return None
+        self._logprobs = False
+        return _without_logprobs(body)
 
 
 def verdict_of(answer: Mapping[str, Any]) -> float | None:
@@ -368,101 +264,8 @@ def verdict_of(answer: Mapping[str, Any]) -> float | None:
     return None if found is None else float(found[1] == "A")
 
 
-class _StoppedError(RankerError):
-    """A call was given up because another one failed."""
-
-
-class _FailureError(Exception):
-    """A call failed: how, and whether it is of use to repeat it."""
-
-    def __init__(
-        self, problem: str, *, final: bool = False, wait: float | None = None, about_logprobs: bool = False
-    ) -> None:
-        super().__init__(problem)
-        self.problem, self.final, self.wait, self.about_logprobs = problem, final, wait, about_logprobs
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """A redirect would take the key to another address."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def _opener(local: bool) -> OpenerDirector:
-    """No redirects; and no proxy between this machine and itself, which would read the key."""
-    return build_opener(_NoRedirect(), *([ProxyHandler({})] if local else []))
-
-
-def _address(base_url: str) -> tuple[str, str, bool]:
-    """The address to post to, its host, and whether that is this machine."""
-    try:
-        parts = urlsplit(base_url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise RankerError(f"base_url is no address: {error}") from None
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise RankerError(
-            "base_url has a user, a password, a query or a fragment; keys go into an environment variable"
-        )
-    if parts.scheme not in ("http", "https") or not host:
-        raise RankerError(f"base_url {base_url!r} is no address such as 'https://api.openai.com/v1'")
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if parts.scheme == "http" and not local:
-        raise RankerError(f"base_url {base_url!r} would send the key and the texts in the clear; use https")
-    name = f"[{host}]" if ":" in host else host
-    path = parts.path.rstrip("/").removesuffix("/chat/completions")
-    return f"{parts.scheme}://{name}{'' if port is None else f':{port}'}{path}/chat/completions", host, local
-
-
-def _body(response: Any, end: float) -> bytes:
-    """What an answer holds, if it isn't too long and doesn't take too long."""
-    data = b""
-    while block := response.read1(1 << 16):
-        data += block
-        if len(data) > _MOST_BYTES:
-            raise _FailureError(f"gave an answer of more than {_MOST_BYTES >> 20} MiB", final=True)
-        if time.monotonic() > end:
-            raise _FailureError("didn't come to an end with its answer")
-    return data
-
-
-def _refusal(error: HTTPError, key: str) -> _FailureError:
-    """What a status other than 200 means."""
-    try:
-        text = error.read(1 << 16).decode("utf-8", "replace")
-    except (OSError, HTTPException):
-        text = ""
-    problem = f"answered {error.code} {error.reason}"
-    if error.code in (401, 403):  # such a message may quote the key
-        return _FailureError(f"{problem}; check the key and what it may do", final=True)
-    if 300 <= error.code < 400:
-        return _FailureError(f"{problem}, a redirect, which isn't followed; give its own address", final=True)
-    if error.code in (408, 409, 429) or (error.code >= 500 and error.code != 501):
-        return _FailureError(problem, wait=_seconds(error.headers.get("Retry-After")))
-    said = " ".join(text.split())[:200]
-    said = said.replace(key, "...") if key else said
-    about = error.code in (400, 422) and "logprob" in text
-    return _FailureError(f"{problem}: {said}" if said else problem, final=True, about_logprobs=about)
-
-
-def _seconds(header: str | None) -> float | None:
-    """How long a Retry-After header asks to wait: seconds, or a date."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(header)
-        except ValueError:
-            return None
-        date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
-        seconds = (date - datetime.now(timezone.utc)).total_seconds()
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+def _without_logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in body.items() if key not in ("logprobs", "top_logprobs")}
 
 
 def _log(value: Any) -> float:
@@ -472,18 +275,14 @@ def _log(value: Any) -> float:
     return found
 
 
-def _answer(data: bytes) -> dict[str, Any] | None:
-    """What matters of a chat completion; None if it isn't one."""
-    try:
-        row = json.loads(data)
-        choice = row["choices"][0]
-        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
-        usage = row.get("usage") or {}
-        return {
-            "text": str(choice["message"].get("content") or ""),
-            "likeliest": [(str(item["token"]), _log(item["logprob"])) for item in first.get("top_logprobs") or ()],
-            "prompt_tokens": int(usage.get("prompt_tokens") or 0),
-            "completion_tokens": int(usage.get("completion_tokens") or 0),
-        }
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
-        return None
+def _answer(row: Any) -> dict[str, Any]:
+    """What matters of a chat completion."""
+    choice = row["choices"][0]
+    first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
+    usage = row.get("usage") or {}
+    return {
+        "text": str(choice["message"].get("content") or ""),
+        "likeliest": [(str(item["token"]), _log(item["logprob"])) for item in first.get("top_logprobs") or ()],
+        "prompt_tokens": int(usage.get("prompt_tokens") or 0),
+        "completion_tokens": int(usage.get("completion_tokens") or 0),
+    }

@@ -5,6 +5,7 @@ depend on which batch it was decoded in, and no global random state is touched.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -73,6 +74,21 @@ def choose(
     tokens, order = tokens.sort(dim=-1)
     index = _invert(probability.gather(-1, order), uniform)
     return tokens.gather(-1, index[:, None])[:, 0]
+
+
+def cut_at(stops: Sequence[str], decode: Callable[[Sequence[int]], str], tokens: Sequence[int]) -> int | None:
+    """How many tokens there are before the first of some strings in their text; None where none of these is in it.
+
+    A token that a string begins in is left out whole.
+    """
+    text = decode(tokens)
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    if not places:
+        return None
+    kept = len(tokens)
+    while kept and len(decode(tokens[:kept])) > min(places):
+        kept -= 1
+    return kept
 
 
 def _invert(probability: Float[Tensor, "batch token"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:

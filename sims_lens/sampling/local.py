@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from sims_lens.hooks import Steering, steering, steerings
 from sims_lens.plan import SteeringPlan
 from sims_lens.sampling.base import Drawn
 from sims_lens.sampling.decode import Decoder, Job, Row
-from sims_lens.sampling.draw import choose, uniforms
+from sims_lens.sampling.draw import choose, cut_at, uniforms
 from sims_lens.sampling.lanes import LANE_ROWS, Lane, Lanes, split
 from sims_lens.sampling.reading import Ear, Reader, Reading
 from sims_lens.scope import TRACKER
@@ -292,18 +293,7 @@ class LocalSampler:
     def _cut(self, adapter: Adapter) -> Any:
         """What :attr:`Job.cut` is: looks for a stop string in the text so far."""
         stops = self.config.stop
-
-        def cut(tokens: Sequence[int]) -> int | None:
-            text = adapter.decode(tokens)
-            places = [place for stop in stops if (place := text.find(stop)) >= 0]
-            if not places:
-                return None
-            kept = len(tokens)
-            while kept and len(adapter.decode(tokens[:kept])) > min(places):
-                kept -= 1
-            return kept
-
-        return cut if stops else lambda _tokens: None
+        return partial(cut_at, stops, adapter.decode) if stops else lambda _tokens: None
 
     def _lanes(self, adapter: Adapter, way: Road, rows: int) -> int:
         """How many decoders side by side: one for each core, where there are rows enough for them."""
