@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.checks import one_line
 from sims_lens.errors import PlanError
 from sims_lens.scope import GENERATION, TokenScope
 from sims_lens.sites import check_site, hook_name
@@ -451,7 +452,7 @@ class SteeringPlan:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except SafetensorError as error:
-            raise PlanError(f"cannot write {path} ({_line(error)}); choose another folder") from error
+            raise PlanError(f"cannot write {path} ({one_line(error)}); choose another folder") from error
         finally:
             temporary.unlink(missing_ok=True)
         return path
@@ -476,7 +477,7 @@ class SteeringPlan:
             data = path.read_bytes() if is_plan else b""
         except (SafetensorError, OSError, ValueError) as error:
             raise PlanError(
-                f"{path} is not a readable safetensors file ({_line(error)}); save the plan again"
+                f"{path} is not a readable safetensors file ({one_line(error)}); save the plan again"
             ) from error
         if not is_plan:
             raise PlanError(f"{path} holds no sims_lens plan; files are written by plan.save(path)")
@@ -485,7 +486,7 @@ class SteeringPlan:
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             return cls._from_header(json.loads(metadata[FORMAT]), tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-            reason = _line(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {_line(error)}"
+            reason = one_line(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {one_line(error)}"
             raise PlanError(f"{path} is damaged or not of this format: {reason}") from error
 
     @classmethod
@@ -597,13 +598,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         sha256.update(f"{name}{list(tensors[name].shape)}".encode())
         sha256.update(tensors[name].numpy().astype("<f4").tobytes())
     return sha256.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    """What an error says, as one line of a bearable length: parts of it may be a stranger's text."""
-    text = " ".join(str(error).split())
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return shown if len(shown) <= 300 else f"{shown[:300]}..."
 
 
 def _direction(i: Intervention) -> Float[Tensor, " d_model"]:

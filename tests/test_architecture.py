@@ -15,7 +15,7 @@ ROOT = Path(sims_lens.__file__).parent
 
 # What docs/architecture.md draws: a module imports only from levels below its own, or beside it in its own folder.
 LEVELS = {
-    0: ["errors", "sites", "scope", "data", "config", "cost", "stats", "progress", "token_rows"]
+    0: ["errors", "checks", "sites", "scope", "data", "config", "cost", "stats", "progress", "token_rows"]
     + ["estimators", "prompts", "transforms"],
     1: ["plan", "contrast", "store", "moments", "guard"],
     2: ["adapter", "bank", "selection", "hub"],

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from sims_lens.checks import one_line
 from sims_lens.errors import RankerError
 
 WANTED: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -95,11 +96,6 @@ def at_least(smallest: int, **sizes: int) -> None:
     for name, value in sizes.items():
         if value < smallest:
             raise RankerError(f"{name} = {value} is less than {smallest}")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, in one line."""
-    return " ".join(str(error).split()).rstrip(".") or repr(error)
 
 
 @contextmanager
