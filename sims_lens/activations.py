@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, check_rows, left_pad
 from sims_lens.capture_store import StoredTokens, writing
-from sims_lens.checks import check_list, shown
-from sims_lens.errors import ModelError
+from sims_lens.checks import check_folder, check_integer, check_list, shown
+from sims_lens.errors import ModelError, PromptError
 from sims_lens.moments import PairMoments, PairStream
 from sims_lens.prompts import check_prompts, everyday
 from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
@@ -159,6 +159,7 @@ def capture(
     Raises:
         ModelError: a row has no token in scope.
     """
+    check_integer("batch_rows", batch_rows)
     reader = _Reader(model, rows, sites=(site,), scope=scope)
     means = torch.zeros(len(rows), reader.adapter.n_layers, reader.adapter.d_model)
     norms: list[list[Tensor]] = [[] for _ in range(reader.adapter.n_layers)]
@@ -211,12 +212,19 @@ def capture_moments(
             site is named.
         PlanError: the model has no such layer or site.
     """
+    for texts in (positive, negative):
+        check_list("rows", texts, "[([1, 2], [3])]", PromptError)
     if len(positive) != len(negative):
         raise ModelError(f"{len(positive)} positive and {len(negative)} negative texts; give one of each per pair")
     pairs = len(positive)
     weights = torch.zeros(0, pairs) if weights is None else weights
-    if weights.shape[1] != pairs:
-        raise ModelError(f"weights has a column for each of {weights.shape[1]} pairs, there are {pairs}")
+    if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[1] != pairs:
+        what = list(weights.shape) if isinstance(weights, Tensor) else shown(weights)
+        raise ModelError(f"weights must be a tensor [group, pair] with a column for each of {pairs} pairs, got {what}")
+    if batch_tokens is not None:
+        check_integer("batch_tokens", batch_tokens)
+    for index in check_list("keep", keep, "[0, 1]"):
+        check_integer("an index in keep", index, 0, pairs - 1)
     reader = _Reader(model, Joined(positive, negative), sites=sites, scope=scope, layers=layers)
     chosen, d_model = reader.layers, reader.adapter.d_model
     if not chosen or not sites:
@@ -322,6 +330,9 @@ def capture_tokens(
         PlanError: the model has no such layer.
         ConfigError: the file would be larger than ``limit_bytes``, or than what is free on the disk.
     """
+    check_integer("batch_rows", batch_rows)
+    if out is not None:
+        check_folder(out)
     reader = _Reader(model, rows, sites=(site,), scope=scope, layers=layers)
     adapter, chosen = reader.adapter, reader.layers
     place = {layer: index for index, layer in enumerate(chosen)}

@@ -373,8 +373,7 @@ def adapt(model: Any) -> Adapter:
     if isinstance(model, HookedRootModule) and hasattr(model, "blocks") and hasattr(model, "generate"):
         return HookedAdapter(model)
     raise ModelError(
-        f"sims_lens steers HookedTransformer and TransformerBridge models, not {shown(model, 40)}, a "
-        f"{type(model).__name__}; "
+        f"sims_lens steers HookedTransformer and TransformerBridge models, not {type(model).__name__}; "
         "use sims_lens.load(name), or TransformerBridge.boot_transformers(name)"
     )
 

@@ -32,7 +32,9 @@ def one_line(text: object, width: int = 200) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def check_integer(name: str, value: Any, low: int = 1, high: int | None = None) -> int:
+def check_integer(
+    name: str, value: Any, low: int = 1, high: int | None = None, error: type[SimsError] = ConfigError
+) -> int:
     """A whole number from ``low`` up, or up to ``high``.
 
     Raises:
@@ -42,8 +44,8 @@ def check_integer(name: str, value: Any, low: int = 1, high: int | None = None) 
     2
     """
     if type(value) is not int or value < low or (high is not None and value > high):
-        wanted = f"of at least {low}" if high is None else f"in {low}..{high}"
-        raise ConfigError(f"{name} must be an integer {wanted}, got {shown(value)}")
+        wanted = f"in {low}..{high}" if high is not None else f"of at least {low}" if low else "from 0 up"
+        raise error(f"{name} must be an integer {wanted}, got {shown(value)}")
     return value
 
 
@@ -53,6 +55,7 @@ def check_seed(value: Any, name: str = "seed") -> int:
     Raises:
         ConfigError: it is not.
     """
+    check_integer(name, value, 0)
     return check_integer(name, value, 0, _LONGEST_SEED)
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import check_integer, check_seed, shown
+from sims_lens.errors import ConfigError
+
 CONFIDENCE = 0.95
 DRAWS = 2000
 FLIPS = 9999
@@ -61,8 +64,16 @@ def bootstrap_mean(values: Float[np.ndarray, " prompt"], *, seed: int = 0, draws
     between two plans on the same prompts, the paired one. It covers the choice of held-out prompts and their sampling;
     it does not cover the randomness of the fit: for that, see :func:`null_band`.
     """
-    rng = np.random.default_rng(seed)
-    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(check_seed(seed))
+    check_integer("draws", draws)
+    try:
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"values must be an array of numbers, one per prompt, got {shown(values)}") from None
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ConfigError(
+            f"values must be finite numbers, one per prompt and at least one, got {shown(values.tolist())}"
+        )
     drawn = values[rng.integers(0, len(values), size=(draws, len(values)))].mean(axis=1)
     return bca(float(values.mean()), drawn, values - values.mean())
 
