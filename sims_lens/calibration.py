@@ -69,6 +69,16 @@ class FluencyBudget:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > floor:
                 raise ConfigError(f"{name} must be a number above {floor:g} (math.inf for no limit), got {value!r}")
 
+    def to_json(self) -> dict[str, float | None]:
+        """A plain dict; the inverse of :meth:`from_json`. No limit is null, as JSON has no infinity."""
+        limits = {"perplexity_ratio": self.perplexity_ratio, "kl": self.kl}
+        return {name: limit if math.isfinite(limit) else None for name, limit in limits.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, float | None]) -> "FluencyBudget":
+        """The budget that :meth:`to_json` described."""
+        return cls(**{name: math.inf if limit is None else limit for name, limit in data.items()})
+
     def allows(self, point: "Point") -> bool:
         """Whether both estimates are within the limits."""
         return all(interval.estimate <= limit for interval, limit in self._against(point))
@@ -289,7 +299,7 @@ class Calibration:
             "model": self.model,
             "objective": self.objective,
             "units": self.units,
-            "budget": {"perplexity_ratio": self.budget.perplexity_ratio, "kl": self.budget.kl},
+            "budget": self.budget.to_json(),
             "curve": [p.to_json() for p in self.curve],
             "report": self.report.to_json() if self.report else None,
             "prompts": list(self.prompts),
@@ -311,7 +321,7 @@ class Calibration:
             model=data["model"],
             objective=data["objective"],
             units=data["units"],
-            budget=FluencyBudget(**data["budget"]),
+            budget=FluencyBudget.from_json(data["budget"]),
             curve=tuple(Point.from_json(p) for p in data["curve"]),
             report=Point.from_json(data["report"]) if data["report"] else None,
             prompts=(calibration, report),

@@ -229,7 +229,7 @@ def _locate(name: str | Path, revision: str | None) -> _Source:
         at = f" at revision {revision!r}" if revision else ""
         raise ModelError(
             f"{str(name)!r}{at} is neither 'embedded', nor a folder, nor a model that the Hugging Face hub gives out "
-            f"here ({one_line(error)}); check the name, log in if it is gated, and without a network pass "
+            f"here ({one_line(error, 120)}); check the name, log in if it is gated, and without a network pass "
             "the folder of a downloaded checkpoint, or 'embedded'"
         ) from error
     return _Source(Path(found), str(name), Path(found).name)  # snapshots/<commit>

@@ -48,9 +48,9 @@ class Interval:
         error = (self.high - self.low) / (2 * _Z_CONFIDENCE)
         return (_Z_CONFIDENCE + _Z_POWER) * error
 
-    def to_json(self) -> list[float]:
-        """``[estimate, low, high]``."""
-        return [self.estimate, self.low, self.high]
+    def to_json(self) -> list[float | None]:
+        """``[estimate, low, high]``; JSON has no numbers that are not finite, so those are null."""
+        return [value if math.isfinite(value) else None for value in (self.estimate, self.low, self.high)]
 
     def map(self, function: Callable[[float], float]) -> "Interval":
         """The interval of a monotone rising function of the quantity."""
@@ -259,9 +259,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def interval_from(data: Any) -> Interval:
-    """The inverse of :meth:`Interval.to_json`."""
+    """The inverse of :meth:`Interval.to_json`: null is not a number, or beside an estimate an end that is nowhere.
+
+    >>> interval_from([1.0, None, None]), interval_from([None, None, None])
+    (Interval(estimate=1.0, low=-inf, high=inf), Interval(estimate=nan, low=nan, high=nan))
+    """
     estimate, low, high = data
-    return Interval(float(estimate), float(low), float(high))
+    ends = (math.nan, math.nan) if estimate is None else (-math.inf, math.inf)
+    given = zip((estimate, low, high), (math.nan, *ends), strict=True)
+    return Interval(*(other if value is None else float(value) for value, other in given))
 
 
 @dataclass(frozen=True)

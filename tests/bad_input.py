@@ -733,3 +733,23 @@ ENTRIES: dict[str, Entry] = {
     # Choices
     "prompts.check_prompts": Entry(sims.prompts.check_prompts, lambda lab: {"prompts": PROMPTS}),
 }
+
+MADE: dict[str, str] = dict.fromkeys(
+    (
+        "Calibration", "Capability", "Comparison", "Evaluation", "LayerSweep", "Run", "Steering", "SteeringFit",
+        "analysis.AblatedControl", "analysis.ComponentEffect", "analysis.ComponentEffects", "analysis.DirectionReaders",
+        "analysis.DirectionSimilarity", "analysis.DirectionalAblation", "analysis.Interaction", "analysis.LeaveOneOut",
+        "analysis.LogitAttribution", "analysis.Part", "analysis.PermutationTest", "analysis.Readout",
+        "analysis.ResidualComponents", "analysis.SweepCell", "analysis.TokenScores", "analysis.VectorNorms",
+        "export.Exported", "lab.CorruptedEffect", "lab.CorruptedPairs", "lab.Curve", "lab.Failure",
+        "lab.FailureLedger", "lab.Misled", "lab.MisledIteration", "lab.MisledRun", "lab.Moments", "lab.MultiTurn",
+        "lab.OutOfDistribution", "lab.Steerability", "widgets.ConsoleView",
+    ),
+    "a result, made by the function of its name",
+) | {
+    "SimsError": "what is raised",
+}
+"""Public classes that a user is given and doesn't make."""
+
+LEFT_OUT = ("advance", "fit", "maker", "self", "args", "kwargs")
+"""Arguments of the calls above that nobody passes."""

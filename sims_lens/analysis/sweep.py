@@ -257,7 +257,7 @@ class LayerSweep:
         """A plain dict without the plans, which ``sweep.steering.save(path)`` writes."""
         skipped = ("budget", "cells", "steering")
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skipped}
-        return {**plain, "budget": asdict(self.budget), "cells": [cell.to_json() for cell in self.cells]}
+        return {**plain, "budget": self.budget.to_json(), "cells": [cell.to_json() for cell in self.cells]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, plan: SteeringPlan | None = None) -> "LayerSweep":
@@ -269,7 +269,7 @@ class LayerSweep:
         """
         own = {name: value for name, value in data.items() if name not in ("budget", "cells")}
         cells = tuple(SweepCell.from_json(cell) for cell in data["cells"])
-        return cls(**own, budget=FluencyBudget(**data["budget"]), cells=cells, steering=plan)
+        return cls(**own, budget=FluencyBudget.from_json(data["budget"]), cells=cells, steering=plan)
 
     def _reason(self) -> str:
         """Why nothing was chosen."""
@@ -440,7 +440,7 @@ def layer_sweep(
             "coefficients": list(grid),
             "units": units,
             "scope": steered.name,
-            "budget": asdict(limits),
+            "budget": limits.to_json(),
             "adaptive": adaptive,
             "seed": seed,
             **bench.settings(),
