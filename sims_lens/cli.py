@@ -596,10 +596,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        print(
-            f"error: {plain(where + (error.strerror or str(error)))}; check the path, its rights and the room on the disk",
-            file=sys.stderr,
-        )
+        said = plain(where + (error.strerror or str(error)))
+        print(f"error: {said}; check the path, its rights and the room on the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; give the same command again to go on", file=sys.stderr)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sims_lens.activations import KeptPairs, capture, capture_moments, capture_tokens
 from sims_lens.adapter import Adapter, adapt
-from sims_lens.checks import check_integer, check_seed
+from sims_lens.checks import check_integer, check_path, check_seed
 from sims_lens.errors import FitError, PlanError
 from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality, unit
 from sims_lens.estimators.base import check_estimator, check_means
@@ -339,6 +339,7 @@ class SteeringFit:
         def worth(index: int) -> tuple[float, float]:
             return self.quality.accuracy[index].estimate, -abs(self.layers[index] - deep)
 
+        check_integer("count", count, 1, error=FitError)
         order = sorted(range(len(self.layers)), key=worth, reverse=True)
         return tuple(sorted(self.layers[index] for index in order[:count]))
 
@@ -424,11 +425,12 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, str]]:
     Raises:
         FitError: the file can't be read, is of another kind, or a pair lacks a key; the message says in which line.
     """
-    path = Path(path)
+    path = check_path(path, FitError)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise FitError(f"{path} cannot be read as UTF-8 text ({error}); check the path") from error
+        why = getattr(error, "strerror", None) or getattr(error, "reason", "")
+        raise FitError(f"{path} cannot be read as UTF-8 text ({why}); check the path") from error
     try:
         if path.suffix.lower() == ".jsonl":
             items = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]

@@ -6,10 +6,9 @@ every function (``layers``, ``site``, ``prompts``), so what may be wrong with it
 
 import functools
 import inspect
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,21 @@ import numpy as np
 import tiny
 import torch
 from common import D_MODEL, vector
-from hypothesis import strategies as st
 from test_plots import write_run
 from torch import nn
 
 import sims_lens as sims
-from sims_lens.data import ContrastPair, Sample
-from sims_lens.errors import SimsError
+from sims_lens.data import Sample
 
 N_CTX = tiny.N_CTX
 PROMPTS = [f"Say {word}." for word in ("sea", "sky", "sun", "rain", "snow", "wind", "tree", "leaf")]
 PAIRS = [(prompt, f"yes {k}", f"no, {k}") for k, prompt in enumerate(PROMPTS)]
 ROWS = [([10, 11, 12], [13, 14]), ([10, 15], [16, 17, 18]), ([19, 20], [21]), ([22], [23, 24])]
-SAMPLES = [Sample(prompt=p, draw=d, tokens=(65 + d, 66), text="AB"[d:], ended=False, score=float(d)) for p in (0, 1) for d in (0, 1)]
+SAMPLES = [
+    Sample(prompt=p, draw=d, tokens=(65 + d, 66), text="AB"[d:], ended=False, score=float(d))
+    for p in (0, 1)
+    for d in (0, 1)
+]
 SMALL = sims.SamplingConfig(responses=2, max_new_tokens=4)
 CONFIG = sims.SIMSConfig(
     iterations=1,
@@ -89,7 +90,9 @@ class Lab:
     @functools.cached_property
     def own_run(self) -> sims.Run:
         """A finished run of this model."""
-        prompts = [f"Say {word}." for word in "sea sky sun rain snow wind tree leaf root bird".split()]
+        prompts = [
+            f"Say {word}." for word in ["sea", "sky", "sun", "rain", "snow", "wind", "tree", "leaf", "root", "bird"]
+        ]
         return sims.improve(self.model, prompts, ranker=letters, config=CONFIG, out=self.folder / "own", progress=False)
 
     @functools.cached_property
@@ -175,7 +178,17 @@ _TENSORS = (
 
 def _lists_of(items: Sequence[Any], good: Any = None) -> tuple[Any, ...]:
     """Lists with one bad item, and things that are no list."""
-    return (*((good, item) if good is not None else (item,) for item in items), [], 17, "ab", None, {1: 2}, {3}, b"ab", [None])
+    return (
+        *((good, item) if good is not None else (item,) for item in items),
+        [],
+        17,
+        "ab",
+        None,
+        {1: 2},
+        {3},
+        b"ab",
+        [None],
+    )
 
 
 def _rankers() -> tuple[Any, ...]:
@@ -284,7 +297,16 @@ def _directions(lab: Lab) -> tuple[Any, ...]:
 
 def _pairs(lab: Lab) -> tuple[Any, ...]:
     texts = [(text, "yes", "no") for text in _TEXTS] + [("Say a.", text, "no") for text in (*_TEXTS, *_NO_TEXT)]
-    odd = [("a",), ("a", "b"), ("a", "b", "c", "d"), {}, {"prompt": "a"}, ([], [], []), ([1], [2], [10**9]), ([1], [-1], [2])]
+    odd = [
+        ("a",),
+        ("a", "b"),
+        ("a", "b", "c", "d"),
+        {},
+        {"prompt": "a"},
+        ([], [], []),
+        ([1], [2], [10**9]),
+        ([1], [-1], [2]),
+    ]
     return (
         *([*PAIRS[:4], pair] for pair in (*texts, *odd, None, 3, "abc")),
         PAIRS[:1],
@@ -393,7 +415,15 @@ BAD: dict[str, Bad | None] = {
     "reference": lambda _lab: _rankers(),
     "rankers": lambda _lab: (*({"a": r} for r in _rankers()), {}, None, 3, [], {1: letters}),
     "oracles": lambda _lab: (*({"a": r} for r in _rankers()), {}, None, 3, [], {1: letters}),
-    "plans": lambda lab: (*({"a": lab.plan, "b": p} for p in _plans(lab)), {}, None, 3, [], {"a": lab.plan}, {1: lab.plan}),
+    "plans": lambda lab: (
+        *({"a": lab.plan, "b": p} for p in _plans(lab)),
+        {},
+        None,
+        3,
+        [],
+        {"a": lab.plan},
+        {1: lab.plan},
+    ),
     "coefficient": _just(_NUMBERS),
     "coefficients": _just(_lists_of(_NUMBERS, 0.5)),
     "factors": _just(_lists_of(_NUMBERS, 0.5)),
@@ -546,6 +576,33 @@ quiet: dict[str, Any] = {"progress": False}
 A, E, L, P = sims.analysis, sims.export, sims.lab, sims.plots
 CIRCUIT = lambda lab: {"model": lab.model, "plan": lab.plan, "pairs": PAIRS[:2], "exact": 2, **quiet}  # noqa: E731
 
+CHOICES = (
+    nan,
+    inf,
+    -1,
+    0,
+    0.5,
+    2**70,
+    10**400,
+    "",
+    "some",
+    None,
+    True,
+    (),
+    (-1,),
+    ("a",),
+    [1.5],
+    {"a": 1},
+    3,
+    object(),
+)
+"""For a setting whose kind its name doesn't tell."""
+
+
+def _every(call: Callable[..., Any], values: Sequence[Any]) -> dict[str, Bad]:
+    return {name: _just(values) for name in inspect.signature(call).parameters}
+
+
 ENTRIES: dict[str, Entry] = {
     # The model and what steers it
     "steering": Entry(_steer, lambda lab: {"model": lab.model, "plan": lab.plan}),
@@ -556,104 +613,366 @@ ENTRIES: dict[str, Entry] = {
     "residual_norms": Entry(sims.residual_norms, lambda lab: {"model": lab.model, "prompts": PROMPTS[:2]}),
     "capture": Entry(sims.capture, lambda lab: {"model": lab.model, "rows": ROWS}),
     "capture_tokens": Entry(sims.capture_tokens, lambda lab: {"model": lab.model, "rows": ROWS}),
-    "capture_moments": Entry(sims.capture_moments, lambda lab: {"model": lab.model, "positive": ROWS, "negative": ROWS[::-1]}, {"positive": _rows_of_tokens, "negative": _rows_of_tokens}),
+    "capture_moments": Entry(
+        sims.capture_moments,
+        lambda lab: {"model": lab.model, "positive": ROWS, "negative": ROWS[::-1]},
+        {"positive": _rows_of_tokens, "negative": _rows_of_tokens},
+    ),
     "StoredTokens": Entry(sims.StoredTokens, lambda lab: {"path": lab.folder}),
     "LocalSampler": Entry(_sample, lambda lab: {"model": lab.model, "prompts": PROMPTS[:2], "plan": lab.plan}),
     # The loop and its measures
-    "improve": Entry(sims.improve, lambda lab: {"model": lab.model, "prompts": PROMPTS, "ranker": letters, "config": CONFIG, **quiet}),
-    "compare": Entry(sims.compare, lambda lab: {"model": lab.model, "prompts": PROMPTS, "ranker": letters, "config": CONFIG, "seeds": (0,), **quiet}),
-    "calibrate": Entry(sims.calibrate, lambda lab: {"model": lab.model, "plan": lab.plan, "prompts": PROMPTS, "ranker": letters, "factors": (0.5, 1.0), "refine": 0, "sampling": SMALL, **quiet}),
+    "improve": Entry(
+        sims.improve, lambda lab: {"model": lab.model, "prompts": PROMPTS, "ranker": letters, "config": CONFIG, **quiet}
+    ),
+    "compare": Entry(
+        sims.compare,
+        lambda lab: {
+            "model": lab.model,
+            "prompts": PROMPTS,
+            "ranker": letters,
+            "config": CONFIG,
+            "seeds": (0,),
+            **quiet,
+        },
+    ),
+    "calibrate": Entry(
+        sims.calibrate,
+        lambda lab: {
+            "model": lab.model,
+            "plan": lab.plan,
+            "prompts": PROMPTS,
+            "ranker": letters,
+            "factors": (0.5, 1.0),
+            "refine": 0,
+            "sampling": SMALL,
+            **quiet,
+        },
+    ),
     "fit": Entry(sims.fit, lambda lab: {"model": lab.model, "pairs": PAIRS, **quiet}),
-    "fit_quality": Entry(sims.fit_quality, lambda lab: {"estimator": sims.MeanDifference(), "positive": lab.rows, "negative": lab.other_rows}),
-    "audit": Entry(sims.audit, lambda lab: {"ranker": letters, "prompts": PROMPTS[:2], "responses": [["a", "b"], ["c", "d"]], "repeats": 1}, {"responses": _just(([], [["a"]], [["a", "b"], "cd"], [["a", 3], ["b", "c"]], None, 3, [["", ""], ["", ""]], [["\ud800", "a"], ["b", "c"]]))}),
-    "capability": Entry(sims.capability, lambda lab: {"model": lab.model, "plan": lab.plan, "tasks": "sims_plain_words", "limit": 2}, {"tasks": _just(("", "no such task", [], None, 3, [3]))}),
+    "fit_quality": Entry(
+        sims.fit_quality,
+        lambda lab: {"estimator": sims.MeanDifference(), "positive": lab.rows, "negative": lab.other_rows},
+    ),
+    "audit": Entry(
+        sims.audit,
+        lambda lab: {"ranker": letters, "prompts": PROMPTS[:2], "responses": [["a", "b"], ["c", "d"]], "repeats": 1},
+        {
+            "responses": _just(
+                (
+                    [],
+                    [["a"]],
+                    [["a", "b"], "cd"],
+                    [["a", 3], ["b", "c"]],
+                    None,
+                    3,
+                    [["", ""], ["", ""]],
+                    [["\ud800", "a"], ["b", "c"]],
+                )
+            )
+        },
+    ),
+    "capability": Entry(
+        sims.capability,
+        lambda lab: {"model": lab.model, "plan": lab.plan, "tasks": "sims_plain_words", "limit": 2},
+        {"tasks": _just(("", "no such task", [], None, 3, [3]))},
+    ),
     "lm_eval_model": Entry(sims.lm_eval_model, lambda lab: {"model": lab.model, "plan": lab.plan}),
-    "bootstrap_mean": Entry(sims.bootstrap_mean, lambda lab: {"values": np.arange(4.0)}, {"values": _just((np.full(3, nan), np.full(3, inf), np.zeros(0), np.zeros((2, 2)), np.zeros(1), [1.0], None, "abc", np.array(["a"])))}),
+    "bootstrap_mean": Entry(
+        sims.bootstrap_mean,
+        lambda lab: {"values": np.arange(4.0)},
+        {
+            "values": _just(
+                (
+                    np.full(3, nan),
+                    np.full(3, inf),
+                    np.zeros(0),
+                    np.zeros((2, 2)),
+                    np.zeros(1),
+                    [1.0],
+                    None,
+                    "abc",
+                    np.array(["a"]),
+                )
+            )
+        },
+    ),
     "PairBehaviour": Entry(sims.PairBehaviour, lambda lab: {"pairs": PAIRS[:2]}),
     "SampledBehaviour": Entry(sims.SampledBehaviour, lambda lab: {"ranker": letters, "prompts": PROMPTS[:2]}),
     # Reading and writing
     "read_prompts": Entry(sims.read_prompts, lambda lab: {"path": lab.folder / "own.txt"}),
     "read_pairs": Entry(sims.read_pairs, lambda lab: {"path": lab.folder / "own.jsonl"}),
     "load_prompts": Entry(sims.load_prompts, lambda lab: {"name": "rho_sycophancy", "limit": 2}),
-    "load_pairs": Entry(sims.load_pairs, lambda lab: {"name": "ultrafeedback", "file": lab.folder / "own.jsonl", "limit": 2}),
+    "load_pairs": Entry(
+        sims.load_pairs, lambda lab: {"name": "ultrafeedback", "file": lab.folder / "own.jsonl", "limit": 2}
+    ),
     "everyday": Entry(sims.everyday, lambda lab: {"n": 2}),
     "tone_pairs": Entry(sims.tone_pairs, lambda lab: {"n": 2}),
     "open_run": Entry(sims.open_run, lambda lab: {"path": lab.run.path}),
     "open_comparison": Entry(sims.open_comparison, lambda lab: {"path": lab.folder / "missing"}),
     "write_report": Entry(sims.write_report, lambda lab: {"run": lab.run, "path": lab.path("page.html")}),
-    "SteeringPlan.load": Entry(sims.SteeringPlan.load, lambda lab: {"path": lab.plan.save(lab.path("own.safetensors"))}),
-    "SteeringPlan.save": Entry(lambda plan, path: plan.save(path), lambda lab: {"plan": lab.plan, "path": lab.path("own.safetensors")}, skip=("plan",)),
-    "from_hub": Entry(sims.from_hub, lambda lab: {"repo_id": "a/b"}, {"repo_id": _just(("", "a/b/c", "a b", "\x00", None, 3, "x" * 300))}),
-    "push_to_hub": Entry(sims.push_to_hub, lambda lab: {"plan": lab.plan, "repo_id": "a/b"}, {"repo_id": _just(("", "a/b/c", "a b", "\x00", None, 3))}),
+    "SteeringPlan.load": Entry(
+        sims.SteeringPlan.load, lambda lab: {"path": lab.plan.save(lab.path("own.safetensors"))}
+    ),
+    "SteeringPlan.save": Entry(
+        lambda plan, path: plan.save(path),
+        lambda lab: {"plan": lab.plan, "path": lab.path("own.safetensors")},
+        skip=("plan",),
+    ),
+    "from_hub": Entry(
+        sims.from_hub,
+        lambda lab: {"repo_id": "a/b"},
+        {"repo_id": _just(("", "a/b/c", "a b", "\x00", None, 3, "x" * 300))},
+    ),
+    "push_to_hub": Entry(
+        sims.push_to_hub,
+        lambda lab: {"plan": lab.plan, "repo_id": "a/b"},
+        {"repo_id": _just(("", "a/b/c", "a b", "\x00", None, 3))},
+    ),
     "model_card": Entry(sims.model_card, lambda lab: {"plan": lab.plan}),
     # Plans
     "SteeringPlan": Entry(sims.SteeringPlan, lambda lab: {"interventions": lab.plan.interventions}),
-    "SteeringPlan.addition": Entry(sims.SteeringPlan.addition, lambda lab: {"vectors": {1: vector(1)}}, {"vectors": lambda lab: (*({1: t} for t in _TENSORS), {}, {-1: vector(1)}, {1.5: vector(1)}, {"a": vector(1)}, None, 3, [vector(1)], {2**70: vector(1)}, {0: vector(0), "a": vector(1)})}),
-    "SteeringPlan.of": Entry(sims.SteeringPlan.of, lambda lab: {"transforms": {1: sims.Ablation(vector(1))}}, {"transforms": lambda lab: ({}, {1: vector(1)}, {1: None}, {-1: sims.Ablation(vector(1))}, {"a": sims.Ablation(vector(1))}, None, 3, {0: sims.Ablation(vector(1)), "a": sims.Ablation(vector(1))})}),
-    "SteeringPlan.scaled": Entry(lambda plan, coefficient: plan.scaled(coefficient), lambda lab: {"plan": lab.plan, "coefficient": 1.0}, skip=("plan",)),
-    "SteeringPlan.on": Entry(lambda plan, scope: plan.on(scope), lambda lab: {"plan": lab.plan, "scope": "all"}, skip=("plan",)),
-    "SteeringPlan.decaying": Entry(lambda plan, coefficient: plan.decaying(coefficient), lambda lab: {"plan": lab.plan, "coefficient": 1.0}, skip=("plan",)),
-    "SteeringPlan.restrict": Entry(lambda plan, layers: plan.restrict(layers), lambda lab: {"plan": lab.plan, "layers": [1]}, skip=("plan",)),
-    "SteeringPlan.orthogonal_to": Entry(lambda plan, other: plan.orthogonal_to(other), lambda lab: {"plan": lab.plan, "other": lab.plan}, {"other": _plans}, skip=("plan",)),
-    "SteeringPlan.using": Entry(lambda plan, transform, coefficient: plan.using(transform, coefficient), lambda lab: {"plan": lab.plan, "transform": sims.Ablation, "coefficient": 1.0}, {"transform": _just((None, 3, "ablation", lambda _d: None))}, skip=("plan",)),
-    "SteeringFit.plan": Entry(lambda fit, layers, coefficient, scope: fit.plan(layers, coefficient=coefficient, scope=scope), lambda lab: {"fit": lab.fitted, "layers": [1], "coefficient": 1.0, "scope": "all"}, skip=("fit",)),
-    "SteeringFit.best": Entry(lambda fit, count: fit.best(count), lambda lab: {"fit": lab.fitted, "count": 1}, skip=("fit",)),
-    "SteeringFit.transform": Entry(lambda fit, layer: fit.transform(layer), lambda lab: {"fit": lab.fitted, "layer": 1}, skip=("fit",)),
-    "Run.samples": Entry(lambda run, iteration, split: run.samples(iteration, split), lambda lab: {"run": lab.run, "iteration": 1, "split": "heldout"}, skip=("run",)),
-    "Run.before": Entry(lambda run, iteration: run.before(iteration), lambda lab: {"run": lab.run, "iteration": 1}, skip=("run",)),
-    "Run.indices": Entry(lambda run, split: run.indices(split), lambda lab: {"run": lab.run, "split": "heldout"}, skip=("run",)),
-    "Run.text_pairs": Entry(lambda run, split: run.text_pairs(split), lambda lab: {"run": lab.run, "split": "heldout"}, skip=("run",)),
+    "SteeringPlan.addition": Entry(
+        sims.SteeringPlan.addition,
+        lambda lab: {"vectors": {1: vector(1)}},
+        {
+            "vectors": lambda lab: (
+                *({1: t} for t in _TENSORS),
+                {},
+                {-1: vector(1)},
+                {1.5: vector(1)},
+                {"a": vector(1)},
+                None,
+                3,
+                [vector(1)],
+                {2**70: vector(1)},
+                {0: vector(0), "a": vector(1)},
+            )
+        },
+    ),
+    "SteeringPlan.of": Entry(
+        sims.SteeringPlan.of,
+        lambda lab: {"transforms": {1: sims.Ablation(vector(1))}},
+        {
+            "transforms": lambda lab: (
+                {},
+                {1: vector(1)},
+                {1: None},
+                {-1: sims.Ablation(vector(1))},
+                {"a": sims.Ablation(vector(1))},
+                None,
+                3,
+                {0: sims.Ablation(vector(1)), "a": sims.Ablation(vector(1))},
+            )
+        },
+    ),
+    "SteeringPlan.scaled": Entry(
+        lambda plan, coefficient: plan.scaled(coefficient),
+        lambda lab: {"plan": lab.plan, "coefficient": 1.0},
+        skip=("plan",),
+    ),
+    "SteeringPlan.on": Entry(
+        lambda plan, scope: plan.on(scope), lambda lab: {"plan": lab.plan, "scope": "all"}, skip=("plan",)
+    ),
+    "SteeringPlan.decaying": Entry(
+        lambda plan, coefficient: plan.decaying(coefficient),
+        lambda lab: {"plan": lab.plan, "coefficient": 1.0},
+        skip=("plan",),
+    ),
+    "SteeringPlan.restrict": Entry(
+        lambda plan, layers: plan.restrict(layers), lambda lab: {"plan": lab.plan, "layers": [1]}, skip=("plan",)
+    ),
+    "SteeringPlan.orthogonal_to": Entry(
+        lambda plan, other: plan.orthogonal_to(other),
+        lambda lab: {"plan": lab.plan, "other": lab.plan},
+        {"other": _plans},
+        skip=("plan",),
+    ),
+    "SteeringPlan.using": Entry(
+        lambda plan, transform, coefficient: plan.using(transform, coefficient),
+        lambda lab: {"plan": lab.plan, "transform": sims.Ablation, "coefficient": 1.0},
+        {"transform": _just((None, 3, "ablation", lambda _d: None))},
+        skip=("plan",),
+    ),
+    "SteeringFit.plan": Entry(
+        lambda fit, layers, coefficient, scope: fit.plan(layers, coefficient=coefficient, scope=scope),
+        lambda lab: {"fit": lab.fitted, "layers": [1], "coefficient": 1.0, "scope": "all"},
+        skip=("fit",),
+    ),
+    "SteeringFit.best": Entry(
+        lambda fit, count: fit.best(count), lambda lab: {"fit": lab.fitted, "count": 1}, skip=("fit",)
+    ),
+    "SteeringFit.transform": Entry(
+        lambda fit, layer: fit.transform(layer), lambda lab: {"fit": lab.fitted, "layer": 1}, skip=("fit",)
+    ),
+    "Run.samples": Entry(
+        lambda run, iteration, split: run.samples(iteration, split),
+        lambda lab: {"run": lab.run, "iteration": 1, "split": "heldout"},
+        skip=("run",),
+    ),
+    "Run.before": Entry(
+        lambda run, iteration: run.before(iteration), lambda lab: {"run": lab.run, "iteration": 1}, skip=("run",)
+    ),
+    "Run.indices": Entry(
+        lambda run, split: run.indices(split), lambda lab: {"run": lab.run, "split": "heldout"}, skip=("run",)
+    ),
+    "Run.text_pairs": Entry(
+        lambda run, split: run.text_pairs(split), lambda lab: {"run": lab.run, "split": "heldout"}, skip=("run",)
+    ),
     "TokenScope.of": Entry(sims.TokenScope.of, lambda lab: {"scope": "all"}),
-    "TokenScope": Entry(sims.TokenScope, lambda lab: {"prompt": True}, {"prompt": _just((False, None)), "response": _just((False, None))}),
+    "TokenScope": Entry(
+        sims.TokenScope,
+        lambda lab: {"prompt": True},
+        {"prompt": _just((False, None)), "response": _just((False, None))},
+    ),
     # Transforms and estimators
     "Addition": Entry(sims.Addition, lambda lab: {"vector": vector(1)}),
     "Ablation": Entry(sims.Ablation, lambda lab: {"axis": vector(1)}),
     "Amplification": Entry(sims.Amplification, lambda lab: {"axis": vector(1)}),
     "Clamp": Entry(sims.Clamp, lambda lab: {"axis": vector(1), "value": 1.0}),
     "Rotation": Entry(sims.Rotation, lambda lab: {"axis": vector(1)}),
-    "Gated": Entry(sims.Gated, lambda lab: {"inner": sims.Addition(vector(1)), "axis": vector(2), "threshold": 0.0}, {"inner": _just((None, 3, vector(1)))}),
-    "HPR": Entry(sims.HPR, lambda lab: {"probe": vector(1), "weights": (torch.ones(1, D_MODEL),), "biases": (torch.zeros(1),)}, {"weights": _just(((), (None,), (torch.ones(1, 2),), None, 3, (torch.full((1, D_MODEL), nan),))), "biases": _just(((), (None,), (torch.ones(2),), None, 3, (torch.full((1,), nan),)))}),
+    "Gated": Entry(
+        sims.Gated,
+        lambda lab: {"inner": sims.Addition(vector(1)), "axis": vector(2), "threshold": 0.0},
+        {"inner": _just((None, 3, vector(1)))},
+    ),
+    "HPR": Entry(
+        sims.HPR,
+        lambda lab: {"probe": vector(1), "weights": (torch.ones(1, D_MODEL),), "biases": (torch.zeros(1),)},
+        {
+            "weights": _just(((), (None,), (torch.ones(1, 2),), None, 3, (torch.full((1, D_MODEL), nan),))),
+            "biases": _just(((), (None,), (torch.ones(2),), None, 3, (torch.full((1,), nan),))),
+        },
+    ),
     **{
         name: Entry(
             lambda positive, negative, maker=getattr(sims, name): maker().fit(positive, negative),
             lambda lab: {"positive": lab.rows[:, 0], "negative": lab.other_rows[:, 0]},
         )
-        for name in ("MeanDifference", "PCA", "LogisticProbe", "MassMean", "WhitenedMeanDifference", "RandomDirection", "ShuffledLabels")
+        for name in (
+            "MeanDifference",
+            "PCA",
+            "LogisticProbe",
+            "MassMean",
+            "WhitenedMeanDifference",
+            "RandomDirection",
+            "ShuffledLabels",
+        )
     },
     # The microscope
-    "layer_sweep": Entry(sims.layer_sweep, lambda lab: {"model": lab.model, "source": lab.named, "coefficients": (0.1, 0.5), "behaviour": PAIRS[:3], **quiet}),
-    "leave_one_out": Entry(sims.leave_one_out, lambda lab: {"model": lab.model, "source": lab.plan, "behaviour": PAIRS[:3], "controls": 1, **quiet}),
-    "vector_norms": Entry(sims.vector_norms, lambda lab: {"model": lab.model, "source": lab.named, "texts": PROMPTS[:2], **quiet}),
-    "direction_similarity": Entry(sims.direction_similarity, lambda lab: {"source": lab.named}, {"differences": lambda lab: ({"a": lab.rows}, {"c": lab.rows}, {"a": lab.rows[:, :1]}, {"a": lab.rows * nan}, {"a": None}, 3, [])}),
+    "layer_sweep": Entry(
+        sims.layer_sweep,
+        lambda lab: {
+            "model": lab.model,
+            "source": lab.named,
+            "coefficients": (0.1, 0.5),
+            "behaviour": PAIRS[:3],
+            **quiet,
+        },
+    ),
+    "leave_one_out": Entry(
+        sims.leave_one_out,
+        lambda lab: {"model": lab.model, "source": lab.plan, "behaviour": PAIRS[:3], "controls": 1, **quiet},
+    ),
+    "vector_norms": Entry(
+        sims.vector_norms, lambda lab: {"model": lab.model, "source": lab.named, "texts": PROMPTS[:2], **quiet}
+    ),
+    "direction_similarity": Entry(
+        sims.direction_similarity,
+        lambda lab: {"source": lab.named},
+        {
+            "differences": lambda lab: (
+                {"a": lab.rows},
+                {"c": lab.rows},
+                {"a": lab.rows[:, :1]},
+                {"a": lab.rows * nan},
+                {"a": None},
+                3,
+                [],
+            )
+        },
+    ),
     "readout": Entry(sims.readout, lambda lab: {"model": lab.model, "source": lab.named["a"], "top": 3, **quiet}),
-    "token_scores": Entry(sims.token_scores, lambda lab: {"model": lab.model, "text": "Say a.", "source": lab.named["a"]}),
+    "token_scores": Entry(
+        sims.token_scores, lambda lab: {"model": lab.model, "text": "Say a.", "source": lab.named["a"]}
+    ),
     "component_effects": Entry(sims.component_effects, CIRCUIT),
     "direction_readers": Entry(sims.direction_readers, CIRCUIT),
-    "directional_ablation": Entry(sims.directional_ablation, lambda lab: {"model": lab.model, "source": lab.named["a"], "behaviour": PAIRS[:3], "layer": 1, "controls": 1, **quiet}),
-    "logit_attribution": Entry(sims.logit_attribution, lambda lab: {"model": lab.model, "text": ("Say a.", "yes"), "plan": lab.plan, "answer": "y"}),
-    "interaction": Entry(sims.interaction, lambda lab: {"model": lab.model, "plans": {"a": lab.plan, "b": -lab.plan}, "rankers": {"r": letters}, "prompts": PROMPTS[:2], "samples": 1, "sampling": SMALL, **quiet}),
+    "directional_ablation": Entry(
+        sims.directional_ablation,
+        lambda lab: {
+            "model": lab.model,
+            "source": lab.named["a"],
+            "behaviour": PAIRS[:3],
+            "layer": 1,
+            "controls": 1,
+            **quiet,
+        },
+    ),
+    "logit_attribution": Entry(
+        sims.logit_attribution,
+        lambda lab: {"model": lab.model, "text": ("Say a.", "yes"), "plan": lab.plan, "answer": "y"},
+    ),
+    "interaction": Entry(
+        sims.interaction,
+        lambda lab: {
+            "model": lab.model,
+            "plans": {"a": lab.plan, "b": -lab.plan},
+            "rankers": {"r": letters},
+            "prompts": PROMPTS[:2],
+            "samples": 1,
+            "sampling": SMALL,
+            **quiet,
+        },
+    ),
     "model_axes": Entry(sims.model_axes, lambda lab: {"model": lab.model, "texts": PROMPTS[:2]}),
-    "analysis.ablation_plan": Entry(A.ablation_plan, lambda lab: {"n_layers": 3, "direction": vector(1)}, {"where": _just(((9, "resid_post"), (1, "resid_mid"), (1,), 3, "ab", ()))}),
+    "analysis.ablation_plan": Entry(
+        A.ablation_plan,
+        lambda lab: {"n_layers": 3, "direction": vector(1)},
+        {"where": _just(((9, "resid_post"), (1, "resid_mid"), (1,), 3, "ab", ()))},
+    ),
     "analysis.ceiling": Entry(A.ceiling, lambda lab: {"first": torch.ones(3), "second": torch.ones(3)}),
     "analysis.directions_of": Entry(A.directions_of, lambda lab: {"source": lab.named}),
-    "analysis.logit_effects": Entry(A.logit_effects, lambda lab: {"model": lab.model, "vectors": torch.stack([vector(1), vector(2)])}),
+    "analysis.logit_effects": Entry(
+        A.logit_effects, lambda lab: {"model": lab.model, "vectors": torch.stack([vector(1), vector(2)])}
+    ),
     "analysis.pair_differences": Entry(A.pair_differences, lambda lab: {"model": lab.model, "pairs": PAIRS[:3]}),
     "analysis.parts_of": Entry(A.parts_of, lambda lab: {"source": lab.plan + lab.plan}),
-    "analysis.permutation_p": Entry(A.permutation_p, lambda lab: {"differences": lab.rows, "reference": lab.rows[0], "permutations": 8}, {"reference": _matrices}),
+    "analysis.permutation_p": Entry(
+        A.permutation_p,
+        lambda lab: {"differences": lab.rows, "reference": lab.rows[0], "permutations": 8},
+        {"reference": _matrices},
+    ),
     "analysis.principal_angles": Entry(A.principal_angles, lambda lab: {"first": lab.rows[0], "second": lab.rows[1]}),
     "analysis.random_cosine": Entry(A.random_cosine, lambda lab: {"d_model": 8}),
-    "analysis.residual_components": Entry(A.residual_components, lambda lab: {"model": lab.model, "text": "Say a.", "plan": lab.plan}),
-    "analysis.run_differences": Entry(A.run_differences, lambda lab: {"model": lab.model, "run": lab.own_run, "iteration": 1}),
-    "analysis.stream_directions": Entry(A.stream_directions, lambda lab: {"model": lab.model, "texts": PROMPTS[:2], "draws": 2}),
+    "analysis.residual_components": Entry(
+        A.residual_components, lambda lab: {"model": lab.model, "text": "Say a.", "plan": lab.plan}
+    ),
+    "analysis.run_differences": Entry(
+        A.run_differences, lambda lab: {"model": lab.model, "run": lab.own_run, "iteration": 1}
+    ),
+    "analysis.stream_directions": Entry(
+        A.stream_directions, lambda lab: {"model": lab.model, "texts": PROMPTS[:2], "draws": 2}
+    ),
     "analysis.unembedding": Entry(A.unembedding, lambda lab: {"model": lab.model, "token": 10}),
-    "analysis.Directions": Entry(A.Directions, lambda lab: {"name": "a", "layers": (0, 1), "vectors": torch.stack([vector(0), vector(1)])}),
+    "analysis.Directions": Entry(
+        A.Directions, lambda lab: {"name": "a", "layers": (0, 1), "vectors": torch.stack([vector(0), vector(1)])}
+    ),
     # Other tools
-    "export.ablation_everywhere": Entry(E.ablation_everywhere, lambda lab: {"model": lab.model, "direction": vector(1)}),
-    "export.arena_hard_questions": Entry(E.arena_hard_questions, lambda lab: {"prompts": PROMPTS, "path": lab.path("q.jsonl")}),
-    "export.bake": Entry(E.bake, lambda lab: {"model": lab.model, "plan": lab.constant, "folder": lab.path("baked")}, skip=("folder",)),
+    "export.ablation_everywhere": Entry(
+        E.ablation_everywhere, lambda lab: {"model": lab.model, "direction": vector(1)}
+    ),
+    "export.arena_hard_questions": Entry(
+        E.arena_hard_questions, lambda lab: {"prompts": PROMPTS, "path": lab.path("q.jsonl")}
+    ),
+    "export.bake": Entry(
+        E.bake, lambda lab: {"model": lab.model, "plan": lab.constant, "folder": lab.path("baked")}, skip=("folder",)
+    ),
     "export.folded": Entry(E.folded, lambda lab: {"model": lab.model, "plan": lab.constant}),
     **{
-        f"export.{name}": Entry(getattr(E, name), lambda lab, name=name: {"model": lab.model, "plan": lab.constant, "path": lab.path(f"{name}.gguf")})
+        f"export.{name}": Entry(
+            getattr(E, name),
+            lambda lab, name=name: {"model": lab.model, "plan": lab.constant, "path": lab.path(f"{name}.gguf")},
+        )
         for name in ("to_gguf", "to_lm_eval", "to_steerkit", "to_vllm")
     },
     "export.to_layers": Entry(E.to_layers, lambda lab: {"model": lab.model, "plan": lab.constant}),
@@ -662,37 +981,195 @@ ENTRIES: dict[str, Entry] = {
         for name in ("from_alpaca_eval", "from_arena_hard", "from_gguf", "from_steerkit", "from_vllm")
     },
     "export.from_layers": Entry(E.from_layers, lambda lab: {"source": {1: vector(1)}}),
-    "export.from_lm_eval": Entry(E.from_lm_eval, lambda lab: {"entries": {}}, {"entries": _just(({}, {"a": {}}, {"layers.1": {"steering_vector": None}}, None, 3, [], {"a": None}, {1: 2}))}),
+    "export.from_lm_eval": Entry(
+        E.from_lm_eval,
+        lambda lab: {"entries": {}},
+        {"entries": _just(({}, {"a": {}}, {"layers.1": {"steering_vector": None}}, None, 3, [], {"a": None}, {1: 2}))},
+    ),
     "export.run_responses": Entry(E.run_responses, lambda lab: {"run": lab.run}),
-    "export.to_alpaca_eval": Entry(E.to_alpaca_eval, lambda lab: {"responses": lab.run, "path": lab.path("a.json")}, {"responses": _results}),
-    "export.to_arena_hard": Entry(E.to_arena_hard, lambda lab: {"responses": lab.run, "path": lab.path("a.jsonl")}, {"responses": _results}),
-    "responses_of": Entry(sims.responses_of, lambda lab: {"model": lab.model, "plan": lab.plan, "prompts": PROMPTS[:2], "sampling": SMALL}),
+    "export.to_alpaca_eval": Entry(
+        E.to_alpaca_eval, lambda lab: {"responses": lab.run, "path": lab.path("a.json")}, {"responses": _results}
+    ),
+    "export.to_arena_hard": Entry(
+        E.to_arena_hard, lambda lab: {"responses": lab.run, "path": lab.path("a.jsonl")}, {"responses": _results}
+    ),
+    "responses_of": Entry(
+        sims.responses_of, lambda lab: {"model": lab.model, "plan": lab.plan, "prompts": PROMPTS[:2], "sampling": SMALL}
+    ),
     # The laboratory
-    "lab.LengthBiased": Entry(lambda ranker, weight: _ranked(L.LengthBiased(ranker, weight)), lambda lab: {"ranker": letters, "weight": 1.0}),
-    "lab.Loophole": Entry(lambda ranker, loophole, bonus: _ranked(L.Loophole(ranker, loophole, bonus)), lambda lab: {"ranker": letters, "loophole": "!", "bonus": 1.0}),
-    "lab.Noisy": Entry(lambda ranker, epsilon, seed: _ranked(L.Noisy(ranker, epsilon, seed)), lambda lab: {"ranker": letters, "epsilon": 0.1, "seed": 0}),
+    "lab.LengthBiased": Entry(
+        lambda ranker, weight: _ranked(L.LengthBiased(ranker, weight)), lambda lab: {"ranker": letters, "weight": 1.0}
+    ),
+    "lab.Loophole": Entry(
+        lambda ranker, loophole, bonus: _ranked(L.Loophole(ranker, loophole, bonus)),
+        lambda lab: {"ranker": letters, "loophole": "!", "bonus": 1.0},
+    ),
+    "lab.Noisy": Entry(
+        lambda ranker, epsilon, seed: _ranked(L.Noisy(ranker, epsilon, seed)),
+        lambda lab: {"ranker": letters, "epsilon": 0.1, "seed": 0},
+    ),
     "lab.Reversed": Entry(lambda ranker: _ranked(L.Reversed(ranker)), lambda lab: {"ranker": letters}),
-    "lab.corruption_curve": Entry(L.corruption_curve, lambda lab: {"clean": lab.rows[:, 0].double().numpy(), "epsilons": (0.0, 0.5), "repeats": 2}),
+    "lab.corruption_curve": Entry(
+        L.corruption_curve, lambda lab: {"clean": lab.rows[:, 0].double().numpy(), "epsilons": (0.0, 0.5), "repeats": 2}
+    ),
     "lab.default_groups": Entry(L.default_groups),
-    "lab.failures": Entry(L.failures, lambda lab: {"samples": lab.run}, {"samples": lambda lab: (*_results(lab), SAMPLES), "prompts": _just(([], None, 3, "ab"))}),
-    "lab.misled": Entry(L.misled, lambda lab: {"model": lab.model, "prompts": PROMPTS, "oracles": {"r": letters}, "honest": letters, "config": CONFIG, **quiet}),
-    "lab.multi_turn": Entry(L.multi_turn, lambda lab: {"model": lab.model, "plan": lab.plan, "conversations": [("a", "b"), ("c", "d")], "ranker": letters, "turns": 2, "samples": 1, "sampling": SMALL, **quiet}),
-    "lab.oracle_noise": Entry(L.oracle_noise, lambda lab: {"model": lab.model, "source": PAIRS, "repeats": 2, "epsilons": (0.0, 0.5), "layer": 1, **quiet}, {"source": _pairs}),
-    "lab.out_of_distribution": Entry(L.out_of_distribution, lambda lab: {"model": lab.model, "plan": lab.plan, "groups": {"a": PROMPTS[:2]}, "ranker": letters, "samples": 1, "sampling": SMALL, **quiet}),
-    "lab.poisoned_negatives": Entry(L.poisoned_negatives, lambda lab: {"model": lab.model, "source": PAIRS, "texts": ["bad one", "bad two"], "repeats": 2, "shares": (0.0, 0.5), "layer": 1, **quiet}, {"source": _pairs}),
-    "lab.reward_hacking": Entry(L.reward_hacking, lambda lab: {"model": lab.model, "prompts": PROMPTS, "ranker": letters, "bonus": 10.0, "config": CONFIG, **quiet}),
-    "lab.steerability": Entry(L.steerability, lambda lab: {"model": lab.model, "plan": lab.plan, "behaviour": lab.behaviour, "coefficients": (-1.0, 0.0, 1.0), **quiet}),
-    "lab.wrong_oracles": Entry(lambda ranker, spread, seed: [_ranked(r) for r in L.wrong_oracles(ranker, spread=spread, seed=seed).values()], lambda lab: {"ranker": letters, "spread": 1.0, "seed": 0}),
+    "lab.failures": Entry(
+        L.failures,
+        lambda lab: {"samples": lab.run},
+        {"samples": lambda lab: (*_results(lab), SAMPLES), "prompts": _just(([], None, 3, "ab"))},
+    ),
+    "lab.misled": Entry(
+        L.misled,
+        lambda lab: {
+            "model": lab.model,
+            "prompts": PROMPTS,
+            "oracles": {"r": letters},
+            "honest": letters,
+            "config": CONFIG,
+            **quiet,
+        },
+    ),
+    "lab.multi_turn": Entry(
+        L.multi_turn,
+        lambda lab: {
+            "model": lab.model,
+            "plan": lab.plan,
+            "conversations": [("a", "b"), ("c", "d")],
+            "ranker": letters,
+            "turns": 2,
+            "samples": 1,
+            "sampling": SMALL,
+            **quiet,
+        },
+    ),
+    "lab.oracle_noise": Entry(
+        L.oracle_noise,
+        lambda lab: {"model": lab.model, "source": PAIRS, "repeats": 2, "epsilons": (0.0, 0.5), "layer": 1, **quiet},
+        {"source": _pairs},
+    ),
+    "lab.out_of_distribution": Entry(
+        L.out_of_distribution,
+        lambda lab: {
+            "model": lab.model,
+            "plan": lab.plan,
+            "groups": {"a": PROMPTS[:2]},
+            "ranker": letters,
+            "samples": 1,
+            "sampling": SMALL,
+            **quiet,
+        },
+    ),
+    "lab.poisoned_negatives": Entry(
+        L.poisoned_negatives,
+        lambda lab: {
+            "model": lab.model,
+            "source": PAIRS,
+            "texts": ["bad one", "bad two"],
+            "repeats": 2,
+            "shares": (0.0, 0.5),
+            "layer": 1,
+            **quiet,
+        },
+        {"source": _pairs},
+    ),
+    "lab.reward_hacking": Entry(
+        L.reward_hacking,
+        lambda lab: {
+            "model": lab.model,
+            "prompts": PROMPTS,
+            "ranker": letters,
+            "bonus": 10.0,
+            "config": CONFIG,
+            **quiet,
+        },
+    ),
+    "lab.steerability": Entry(
+        L.steerability,
+        lambda lab: {
+            "model": lab.model,
+            "plan": lab.plan,
+            "behaviour": lab.behaviour,
+            "coefficients": (-1.0, 0.0, 1.0),
+            **quiet,
+        },
+    ),
+    "lab.wrong_oracles": Entry(
+        lambda ranker, spread, seed: [_ranked(r) for r in L.wrong_oracles(ranker, spread=spread, seed=seed).values()],
+        lambda lab: {"ranker": letters, "spread": 1.0, "seed": 0},
+    ),
     # Rankers
     "rankers.as_ranker": Entry(_ranked, lambda lab: {"ranker": letters}),
-    "CachedRanker": Entry(lambda ranker, folder: _ranked(sims.CachedRanker(ranker, folder)), lambda lab: {"ranker": letters, "folder": lab.path("verdicts")}),
-    "Ensemble": Entry(lambda rankers: _ranked(sims.Ensemble(rankers)), lambda lab: {"rankers": {letters: 1.0}}, {"rankers": _just(({}, [], {letters: 0.0}, {letters: -1.0}, {letters: nan}, {letters: "1"}, None, 3, [(letters,)], [(letters, 1.0, 2.0)], {None: 1.0}))}),
-    "rankers.get_ranker": Entry(sims.rankers.get_ranker, lambda lab: {"name": "vader"}, {"name": _just(("", "taste", "a:b", "json:no", "json:", ":", "os:sep", "a.b.c:d", ".:x", "json:dumps", "\x00:x", "no such:x", "json:__file__"))}),
+    "CachedRanker": Entry(
+        lambda ranker, folder: _ranked(sims.CachedRanker(ranker, folder)),
+        lambda lab: {"ranker": letters, "folder": lab.path("verdicts")},
+    ),
+    "Ensemble": Entry(
+        lambda rankers: _ranked(sims.Ensemble(rankers)),
+        lambda lab: {"rankers": {letters: 1.0}},
+        {
+            "rankers": _just(
+                (
+                    {},
+                    [],
+                    {letters: 0.0},
+                    {letters: -1.0},
+                    {letters: nan},
+                    {letters: "1"},
+                    None,
+                    3,
+                    [(letters,)],
+                    [(letters, 1.0, 2.0)],
+                    {None: 1.0},
+                )
+            )
+        },
+    ),
+    "rankers.get_ranker": Entry(
+        sims.rankers.get_ranker,
+        lambda lab: {"name": "vader"},
+        {
+            "name": _just(
+                (
+                    "",
+                    "taste",
+                    "a:b",
+                    "json:no",
+                    "json:",
+                    ":",
+                    "os:sep",
+                    "a.b.c:d",
+                    ".:x",
+                    "json:dumps",
+                    "\x00:x",
+                    "no such:x",
+                    "json:__file__",
+                )
+            )
+        },
+    ),
     # Figures
     **{
-        f"plots.{name}": Entry(getattr(P, name), lambda lab, of=of: {next(iter(inspect.signature(getattr(P, of[0])).parameters)): lab.run if of[1] == "run" else lab.results[of[1]]})
+        f"plots.{name}": Entry(
+            getattr(P, name),
+            lambda lab, of=of: {
+                next(iter(inspect.signature(getattr(P, of[0])).parameters)): lab.run
+                if of[1] == "run"
+                else lab.results[of[1]]
+            },
+        )
         for name, of in {
-            **{n: (n, "run") for n in ("effect", "iteration_similarity", "layer_similarity", "sample_browser", "side_effects", "vector_norms", "win_rate")},
+            **{
+                n: (n, "run")
+                for n in (
+                    "effect",
+                    "iteration_similarity",
+                    "layer_similarity",
+                    "sample_browser",
+                    "side_effects",
+                    "vector_norms",
+                    "win_rate",
+                )
+            },
             "attribution_check": ("attribution_check", "effects"),
             "calibration": ("calibration", "calibration"),
             "component_effects": ("component_effects", "effects"),
@@ -728,22 +1205,83 @@ ENTRIES: dict[str, Entry] = {
         }.items()
     },
     "plots.pair_selection": Entry(P.pair_selection, lambda lab: {"diagnostics": []}, {"diagnostics": _results}),
-    "plots.slider": Entry(P.slider, lambda lab: {"figures": {"a": P.win_rate(lab.run)}}, {"figures": _just(({}, None, 3, [], {"a": None}, {1: 2}))}),
-    "widgets.console": Entry(sims.widgets.Console, lambda lab: {"model": lab.model, "source": lab.plan}),
+    "plots.slider": Entry(
+        P.slider,
+        lambda lab: {"figures": {"a": P.win_rate(lab.run)}},
+        {"figures": _just(({}, None, 3, [], {"a": None}, {1: 2}))},
+    ),
+    "widgets.Console": Entry(sims.widgets.Console, lambda lab: {"model": lab.model, "source": lab.plan}),
     # Choices
+    **{
+        name: Entry(getattr(sims, name), bad={f.name: _just(CHOICES) for f in fields(getattr(sims, name))})
+        for name in (
+            "ContrastConfig",
+            "EvaluationConfig",
+            "FluencyBudget",
+            "GuardConfig",
+            "HouseholderRotation",
+            "RankingConfig",
+            "SIMSConfig",
+            "SamplingConfig",
+            "SteeringConfig",
+        )
+    },
+    "SelfJudge": Entry(sims.SelfJudge, bad=_every(sims.SelfJudge, CHOICES)),
+    "EndpointJudge": Entry(
+        sims.EndpointJudge,
+        lambda lab: {"base_url": "http://localhost:9", "model": "tiny", "api_key_env": None},
+        _every(sims.EndpointJudge, CHOICES),
+    ),
+    "PairRM": Entry(sims.PairRM, lambda lab: {"path": lab.folder / "missing"}, skip=("revision", "batch", "device")),
+    "RewardModel": Entry(
+        sims.RewardModel, lambda lab: {"path_or_id": lab.folder / "missing"}, {"path_or_id": _folders}, skip=("device",)
+    ),
+    "ReadingEase": Entry(sims.ReadingEase, skip=("name",)),
+    "Vader": Entry(sims.Vader, skip=("name",)),
+    "export.Responses": Entry(E.Responses, lambda lab: {"prompts": ("a", "b"), "texts": ("c", "d")}),
     "prompts.check_prompts": Entry(sims.prompts.check_prompts, lambda lab: {"prompts": PROMPTS}),
 }
 
 MADE: dict[str, str] = dict.fromkeys(
     (
-        "Calibration", "Capability", "Comparison", "Evaluation", "LayerSweep", "Run", "Steering", "SteeringFit",
-        "analysis.AblatedControl", "analysis.ComponentEffect", "analysis.ComponentEffects", "analysis.DirectionReaders",
-        "analysis.DirectionSimilarity", "analysis.DirectionalAblation", "analysis.Interaction", "analysis.LeaveOneOut",
-        "analysis.LogitAttribution", "analysis.Part", "analysis.PermutationTest", "analysis.Readout",
-        "analysis.ResidualComponents", "analysis.SweepCell", "analysis.TokenScores", "analysis.VectorNorms",
-        "export.Exported", "lab.CorruptedEffect", "lab.CorruptedPairs", "lab.Curve", "lab.Failure",
-        "lab.FailureLedger", "lab.Misled", "lab.MisledIteration", "lab.MisledRun", "lab.Moments", "lab.MultiTurn",
-        "lab.OutOfDistribution", "lab.Steerability", "widgets.ConsoleView",
+        "Calibration",
+        "Capability",
+        "Comparison",
+        "Evaluation",
+        "LayerSweep",
+        "Run",
+        "Steering",
+        "SteeringFit",
+        "analysis.AblatedControl",
+        "analysis.ComponentEffect",
+        "analysis.ComponentEffects",
+        "analysis.DirectionReaders",
+        "analysis.DirectionSimilarity",
+        "analysis.DirectionalAblation",
+        "analysis.Interaction",
+        "analysis.LeaveOneOut",
+        "analysis.LogitAttribution",
+        "analysis.Part",
+        "analysis.PermutationTest",
+        "analysis.Readout",
+        "analysis.ResidualComponents",
+        "analysis.SweepCell",
+        "analysis.TokenScores",
+        "analysis.VectorNorms",
+        "export.Exported",
+        "lab.CorruptedEffect",
+        "lab.CorruptedPairs",
+        "lab.Curve",
+        "lab.Failure",
+        "lab.FailureLedger",
+        "lab.Misled",
+        "lab.MisledIteration",
+        "lab.MisledRun",
+        "lab.Moments",
+        "lab.MultiTurn",
+        "lab.OutOfDistribution",
+        "lab.Steerability",
+        "widgets.ConsoleView",
     ),
     "a result, made by the function of its name",
 ) | {
@@ -751,5 +1289,11 @@ MADE: dict[str, str] = dict.fromkeys(
 }
 """Public classes that a user is given and doesn't make."""
 
-LEFT_OUT = ("advance", "fit", "maker", "self", "args", "kwargs")
+LEFT_OUT = (
+    *("advance", "fit", "maker", "self", "args", "kwargs"),
+    *("adaptive", "add_bos", "above", "chat", "everywhere", "last_prompt", "private"),  # yes or no
+    *("category", "dataset", "generator", "label", "license", "message", "method", "order", "results", "subcategory"),
+    *("base", "provenance", "repo_id", "residual_norm", "residual_norms", "half_life", "shuffled", "split_half"),
+    *("batch", "source_max_length", "candidate_max_length", "max_length"),  # of what is not there
+)
 """Arguments of the calls above that nobody passes."""

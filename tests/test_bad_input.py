@@ -7,7 +7,6 @@ import inspect
 import shutil
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,15 @@ from sims_lens.errors import ModelError, PromptError, SimsError
 
 PUBLIC = ("sims_lens", *(f"sims_lens.{name}" for name in sims._NAMESPACES))
 LONGEST = 400
-SLOW = {"improve": 3, "compare": 2, "capability": 1, "calibrate": 6, "interaction": 6, "lab.misled": 2, "lab.reward_hacking": 2}
+SLOW = {
+    "improve": 3,
+    "compare": 2,
+    "capability": 1,
+    "calibrate": 6,
+    "interaction": 6,
+    "lab.misled": 2,
+    "lab.reward_hacking": 2,
+}
 EXAMPLES = 12
 
 

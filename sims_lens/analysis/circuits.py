@@ -567,7 +567,9 @@ def _signed(interval: Interval) -> str:
 
 
 def _percent(interval: Interval, *, ends: bool = True) -> str:
-    estimate, low, high = (f"{round(value, 2) + 0.0:.0%}" for value in (interval.estimate, interval.low, interval.high))  # + 0.0: no "-0%"
+    estimate, low, high = (
+        f"{round(value, 2) + 0.0:.0%}" for value in (interval.estimate, interval.low, interval.high)
+    )  # + 0.0: no "-0%"
     return f"{estimate} [{low}, {high}]" if ends else estimate
 
 

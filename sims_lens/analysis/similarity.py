@@ -23,6 +23,7 @@ from sims_lens.analysis.axes import stream_directions
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.norms import check_fit, counted
 from sims_lens.analysis.permutation import PermutationTest, permutation_p, run_differences, tested
+from sims_lens.checks import check_integer, check_kind, check_list, check_mapping, check_seed
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.estimators import unit
 from sims_lens.hooks import check_unsteered
@@ -585,6 +586,14 @@ def direction_similarity(
         check_unsteered(model)
     if type(permutations) is not int or permutations < 0:
         raise ConfigError(f"permutations must be an integer from 0 up, got {permutations!r}")
+    if layers is not None:
+        for layer in check_list("layers", layers, "[17]", PlanError):
+            check_integer("a layer", layer, 0, error=PlanError)
+    check_seed(seed)
+    if differences is not None:
+        check_mapping("differences", differences or {"": 0}, "{'plan': rows}")
+        for rows in differences.values():
+            check_kind("differences", rows, Tensor, "give [pair, layer, d_model]")
     ours, theirs = directions_of(source), () if other is None else directions_of(other)
     taken = {d.name for d in ours}
     theirs = tuple(replace(d, name=f"{d.name} (other)") if d.name in taken else d for d in theirs)

@@ -13,6 +13,7 @@ import hashlib
 import html
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,6 +32,7 @@ from sims_lens.adapter import adapt, check_lengths
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
 from sims_lens.calibration import FluencyBudget
+from sims_lens.checks import check_folder, is_number, shown
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError, PlanError, RankerError, RunError
@@ -445,7 +447,7 @@ def layer_sweep(
             "seed": seed,
             **bench.settings(),
         }
-    ledger = _Ledger(None if out is None else Path(out), json.loads(json.dumps(settings)))
+    ledger = _Ledger(None if out is None else check_folder(out, RunError), json.loads(json.dumps(settings)))
     plan = ledger.steering(lambda: resolve(model, plan), plan)
     bench.ledger = ledger
     race = _Race(places, list(product(range(len(places)), [c for c in grid if c])), bench.prompt_of, limits)
@@ -482,11 +484,18 @@ def _listed(value: Any, name: str, example: str) -> list[Any]:
     return list(found)
 
 
+_LARGEST = sys.float_info.max
+
+
 def _checked_coefficients(coefficients: Any) -> tuple[float, ...]:
     grid = _listed(coefficients, "coefficients", "[0.1, 0.2]")
     for value in grid:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ConfigError(f"a coefficient must be a finite number, got {value!r}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, Real)
+            or not is_number(value if isinstance(value, int) else float(value))
+        ):
+            raise ConfigError(f"a coefficient must be a finite number, got {shown(value)}")
     if not any(grid) or len(set(grid)) < len(grid):
         raise ConfigError(f"coefficients must be different numbers, such as {COEFFICIENTS}, got {coefficients!r}")
     return tuple(sorted(float(value) for value in grid))

@@ -14,8 +14,9 @@ from torch import Tensor
 from sims_lens.activations import capture_tokens, residual_norms
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
+from sims_lens.checks import shown
 from sims_lens.errors import PlanError, PromptError
-from sims_lens.hooks import check_unsteered, steering
+from sims_lens.hooks import check_plan, check_unsteered, steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.prompts import quote
 from sims_lens.run import Run
@@ -328,6 +329,8 @@ def token_scores(
         found = Directions(found.name, (layer,), vector[None], found.site, residual_norm=known)
     check_width(adapter, found)
     row = _encoded(adapter, text)
+    if plan is not None:
+        check_plan(plan)
     if plan is None:
         plan = source.plan if isinstance(source, Run) else source if isinstance(source, SteeringPlan) else None
     pairs = zip(found.layers, found.vectors, strict=True)
@@ -373,6 +376,8 @@ def check_width(adapter: Adapter, found: Directions) -> None:
 
 def _one(source: Any) -> Directions:
     several = directions_of(source)
+    if not several:
+        raise PlanError(f"the source has no directions: {shown(source)}")
     if len(several) > 1 and not isinstance(source, Run):
         names = ", ".join(d.name for d in several)
         raise PlanError(f"token scores need one set of directions, the source has {len(several)} ({names}): pass one")
