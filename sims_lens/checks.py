@@ -136,6 +136,18 @@ def check_choice(name: str, value: Any, choices: Sequence[str], error: type[Sims
     return value
 
 
+def check_dimensions(name: str, value: Any, dimensions: int, error: type[SimsError] = ConfigError) -> None:
+    """Raise ``error`` unless a value is a dense tensor of real floats with that many dimensions, and with values."""
+    import torch
+
+    good = isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided
+    if not good or value.is_meta or value.ndim != dimensions or not value.numel():
+        got = shown(value)
+        if isinstance(value, torch.Tensor):
+            got = f"{list(value.shape)} of {value.dtype} on {value.device}, {value.layout}"
+        raise error(f"{name} must be a dense tensor of floats with {dimensions} dimensions, got {got}")
+
+
 def check_path(value: Any, error: type[SimsError] = ConfigError) -> Path:
     """A path that a file system can hold; whether anything is there is another question.
 

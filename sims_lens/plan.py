@@ -329,7 +329,7 @@ class SteeringPlan:
         """
         if not callable(transform):
             raise PlanError(
-                f"transform must make a transform of a direction, as sims_lens.Ablation; got {shown(transform)}"
+                f"transform must make a transform of a direction, as sims.Ablation does; got {shown(transform, 40)}"
             )
         return self._each(
             lambda i: replace(

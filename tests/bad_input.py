@@ -555,8 +555,12 @@ def _first(stream: Any) -> Any:
     return next(iter(stream), None)
 
 
-def _sample(model: Any, prompts: Any, samples: Any = 2, plan: Any = sims.SteeringPlan(()), seed: Any = 0) -> Any:
+def _sample(model: Any, prompts: Any, samples: Any = 2, plan: Any = NOTHING, seed: Any = 0) -> Any:
     return _first(sims.LocalSampler(model, SMALL).sample(prompts, n=samples, plan=plan, seed=seed))
+
+
+def _fitting(estimator: Callable[[], Any]) -> Callable[..., Any]:
+    return lambda positive, negative: estimator().fit(positive, negative)
 
 
 def _steer(model: Any, plan: Any) -> Any:
@@ -845,7 +849,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     **{
         name: Entry(
-            lambda positive, negative, maker=getattr(sims, name): maker().fit(positive, negative),
+            _fitting(getattr(sims, name)),
             lambda lab: {"positive": lab.rows[:, 0], "negative": lab.other_rows[:, 0]},
         )
         for name in (

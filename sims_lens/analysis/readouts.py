@@ -37,7 +37,7 @@ from sims_lens.activations import capture_tokens, residual_norms
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.tokens import check_width, spell, visible
-from sims_lens.checks import check_seed
+from sims_lens.checks import check_dimensions, check_seed
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.forced import ForcedBatch, force
 from sims_lens.hooks import check_unsteered, steering
@@ -351,6 +351,10 @@ def logit_effects(model: Any, vectors: Float[Tensor, "direction d_model"]) -> Fl
         PlanError: a direction is zero, or the final norm leaves nothing of it.
     """
     adapter = adapt(model)
+    adapter.check_runs()
+    check_dimensions("vectors", vectors, 2, PlanError)
+    if vectors.shape[1] != adapter.d_model:
+        raise PlanError(f"vectors have {vectors.shape[1]} entries each, {adapter.name} has d_model = {adapter.d_model}")
     width = min(int(adapter.cfg.d_vocab), len(adapter.tokenizer))
     dtype = next(model.parameters()).dtype
     found = torch.empty(len(vectors), width)

@@ -23,7 +23,7 @@ from sims_lens.analysis.axes import stream_directions
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.norms import check_fit, counted
 from sims_lens.analysis.permutation import PermutationTest, permutation_p, run_differences, tested
-from sims_lens.checks import check_integer, check_kind, check_list, check_mapping, check_seed
+from sims_lens.checks import check_dimensions, check_integer, check_kind, check_list, check_mapping, check_seed, shown
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.estimators import unit
 from sims_lens.hooks import check_unsteered
@@ -693,6 +693,10 @@ def ceiling(first: Float[Tensor, " layer"], second: Float[Tensor, " layer"]) -> 
     >>> ceiling(torch.tensor([0.5]), torch.tensor([0.5])).item()  # doctest: +ELLIPSIS
     0.6666...
     """
+    for name, values in (("first", first), ("second", second)):
+        check_dimensions(name, values, 1)
+    if len(first) != len(second):
+        raise ConfigError(f"first and second must have a value for each layer, got {len(first)} and {len(second)}")
     h = torch.stack([first, second]).float()
     reliability = 2 * h.clamp(min=0) / (1 + h.clamp(min=0))
     product_of = torch.where(h.isnan(), 1.0, reliability).prod(0).sqrt()
@@ -703,6 +707,12 @@ def principal_angles(
     first: Float[Tensor, "rank d_model"], second: Float[Tensor, "other_rank d_model"]
 ) -> Float[Tensor, " angle"]:
     """Angles in degrees between the subspaces of two orthonormal bases, smallest first."""
+    for name, basis in (("first", first), ("second", second)):
+        check_dimensions(name, basis, 2, PlanError)
+        if not bool(basis.isfinite().all()):
+            raise PlanError(f"{name} has entries that are NaN or infinite: {shown(basis)}")
+    if first.shape[1] != second.shape[1]:
+        raise PlanError(f"both bases must have one d_model, got {first.shape[1]} and {second.shape[1]}")
     small, large = sorted((first.double(), second.double()), key=len)
     left, cosines, _ = torch.linalg.svd(small @ large.T, full_matrices=False)
     # Small angles by their sines: a cosine near 1 says little about its angle.

@@ -32,7 +32,7 @@ from sims_lens.adapter import adapt, check_lengths
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
 from sims_lens.calibration import FluencyBudget
-from sims_lens.checks import check_folder, is_number, shown
+from sims_lens.checks import check_folder, shown
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError, PlanError, RankerError, RunError
@@ -490,11 +490,7 @@ _LARGEST = sys.float_info.max
 def _checked_coefficients(coefficients: Any) -> tuple[float, ...]:
     grid = _listed(coefficients, "coefficients", "[0.1, 0.2]")
     for value in grid:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Real)
-            or not is_number(value if isinstance(value, int) else float(value))
-        ):
+        if isinstance(value, bool) or not isinstance(value, Real) or not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
             raise ConfigError(f"a coefficient must be a finite number, got {shown(value)}")
     if not any(grid) or len(set(grid)) < len(grid):
         raise ConfigError(f"coefficients must be different numbers, such as {COEFFICIENTS}, got {coefficients!r}")
