@@ -15,7 +15,7 @@ from torch import Tensor
 from sims_lens.errors import RunError
 from sims_lens.estimators import unit
 from sims_lens.evaluate import Evaluation
-from sims_lens.plots.theme import BAND, BLUE, DIVERGING, EDGE, HEIGHT, TEXT, colours, error_bars, titled
+from sims_lens.plots.theme import BAND, BLUE, DIVERGING, EDGE, HEIGHT, TEXT, check_result, colours, error_bars, titled
 from sims_lens.run import Iteration, Run
 from sims_lens.stats import Interval, null_band
 
@@ -29,6 +29,7 @@ def win_rate(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     figure = _progress(
         run,
         lambda e: e.win_rate,
@@ -53,6 +54,7 @@ def effect(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     figure = _progress(
         run,
         lambda e: e.difference,
@@ -72,6 +74,7 @@ def vector_norms(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     figure = titled(
         go.Figure(),
@@ -118,6 +121,7 @@ def layer_similarity(run: Run, iteration: int | None = None) -> go.Figure:
     Raises:
         RunError: there is no such iteration.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     index = len(iterations) if iteration is None else iteration
     if isinstance(index, bool) or not 1 <= index <= len(iterations):
@@ -159,6 +163,7 @@ def iteration_similarity(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     figure = titled(
         go.Figure(),
@@ -224,6 +229,7 @@ def side_effects(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     figure = make_subplots(
         rows=2,

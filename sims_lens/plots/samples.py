@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from sims_lens.data import Sample
 from sims_lens.errors import ConfigError, RunError
 from sims_lens.plots.sliders import slider
-from sims_lens.plots.theme import TEMPLATE, WIDTH, plotly_text, titled
+from sims_lens.plots.theme import TEMPLATE, WIDTH, check_result, plotly_text, titled
 from sims_lens.run import Run
 
 ORDERS: Final = ("prompt", "effect")
@@ -53,6 +53,7 @@ def sample_browser(
         ConfigError: the order is unknown.
         RunError: the split is unknown, or a prompt has no responses in it.
     """
+    check_result(run, Run)
     if order not in ORDERS:
         raise ConfigError(f"order {order!r} is not one of {', '.join(ORDERS)}")
     if split not in ("heldout", "train"):
