@@ -21,6 +21,7 @@ from torch import nn
 
 import sims_lens as sims
 from sims_lens.data import Sample
+from sims_lens.plan import NOTHING
 
 N_CTX = tiny.N_CTX
 PROMPTS = [f"Say {word}." for word in ("sea", "sky", "sun", "rain", "snow", "wind", "tree", "leaf")]
@@ -1286,6 +1287,7 @@ MADE: dict[str, str] = dict.fromkeys(
         "lab.OutOfDistribution",
         "lab.Steerability",
         "widgets.ConsoleView",
+        "widgets.console",
     ),
     "a result, made by the function of its name",
 ) | {
