@@ -60,7 +60,13 @@ def check_seed(value: Any, name: str = "seed") -> int:
 
 
 def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    error: type[SimsError] = ConfigError,
 ) -> float:
     """A finite number in a range.
 
@@ -70,13 +76,12 @@ def check_number(
         low: the smallest.
         high: the largest.
         open_low: whether ``low`` itself is too small.
+        error: what is raised.
 
-    Raises:
-        ConfigError: it is not.
     """
     if not is_number(value) or value < low or value > high or (open_low and value == low):
         wanted = "" if low == -math.inf and high == math.inf else f" {'above' if open_low else 'from'} {low} to {high}"
-        raise ConfigError(f"{name} must be a finite number{wanted}, got {shown(value)}")
+        raise error(f"{name} must be a finite number{wanted}, got {shown(value)}")
     return float(value)
 
 

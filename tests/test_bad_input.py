@@ -77,6 +77,8 @@ def lab(fresh: Any, zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
     }
     folder = tmp_path_factory.mktemp("lab")
     tiny.write("llama", folder / "tiny-llama")
+    (folder / "own.txt").write_text("a\nb\n")
+    (folder / "own.jsonl").write_text('{"prompt": "a", "positive": "b", "negative": "c"}\n')
     made = Lab(zoo("llama", kind), others, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -94,7 +96,9 @@ def spellings(value: Any, depth: int = 0) -> list[str]:
 
 
 def is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and bool(value.strip()))
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)) or (
+        isinstance(value, str) and bool(value.strip())
+    )
 
 
 def check_message(error: SimsError, value: Any) -> None:

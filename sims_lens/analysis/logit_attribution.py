@@ -554,7 +554,7 @@ def _encoded(adapter: Adapter, text: str | tuple[str, str]) -> tuple[list[int], 
     ids = adapter.encode(prompt)
     whole = ids + (adapter.encode_response(response) if response else [])
     if len(whole) > adapter.n_ctx:
-        raise PromptError(f"the text has {len(whole)} tokens, the context {adapter.n_ctx}: shorten it")
+        raise PromptError(f"the text has {len(whole)} tokens, the context {adapter.n_ctx}: shorten {shown(text)}")
     return whole, len(ids)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sims_lens.activations import Row, capture
 from sims_lens.adapter import adapt
 from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
-from sims_lens.checks import check_dimensions, check_list, check_seed, shown
+from sims_lens.checks import check_dimensions, check_kind, check_list, check_seed, shown
 from sims_lens.errors import ConfigError, FitError, PromptError, RunError
 from sims_lens.estimators import unit
 from sims_lens.hooks import steering
@@ -157,7 +157,8 @@ def run_differences(model: Any, run: Run, iteration: int) -> Float[Tensor, "pair
     Raises:
         RunError: there is no such iteration, or the mean of what was read is not what the run has.
     """
-    if isinstance(iteration, bool) or not 1 <= iteration <= len(run.iterations):
+    check_kind("run", run, Run, "open one with sims_lens.open_run(path)", RunError)
+    if type(iteration) is not int or not 1 <= iteration <= len(run.iterations):
         raise RunError(f"iteration {iteration!r} is not one of the finished ones, 1..{len(run.iterations)}")
     adapter, turn = adapt(model), run.iterations[iteration - 1]
     if (adapter.n_layers, adapter.d_model) != tuple(turn.vectors.shape):

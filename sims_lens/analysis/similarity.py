@@ -23,7 +23,16 @@ from sims_lens.analysis.axes import stream_directions
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.norms import check_fit, counted
 from sims_lens.analysis.permutation import PermutationTest, permutation_p, run_differences, tested
-from sims_lens.checks import check_dimensions, check_integer, check_kind, check_list, check_mapping, check_seed, shown
+from sims_lens.checks import (
+    check_dimensions,
+    check_integer,
+    check_kind,
+    check_list,
+    check_mapping,
+    check_number,
+    check_seed,
+    shown,
+)
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.estimators import unit
 from sims_lens.hooks import check_unsteered
@@ -662,6 +671,8 @@ def random_cosine(d_model: int, share: float = _SHARE) -> float:
     >>> round(random_cosine(576), 4)  # scipy.special.betaincinv(0.5, 287.5, 0.95) ** 0.5
     0.0816
     """
+    check_integer("d_model", d_model)
+    check_number("share", share, 0.0, 1.0)
     if d_model < 2:
         return 1.0
     elevation = torch.linspace(0.0, min(math.pi / 2, 12 / math.sqrt(d_model)), 20_001, dtype=torch.float64)

@@ -393,7 +393,8 @@ def _encoded(adapter: Adapter, text: Text) -> tuple[list[int], list[int]]:
             raise PromptError(f"the {what} is {given!r}: it has no tokens to score; give one with text in it")
     row = adapter.encode(prompt), [] if response is None else adapter.encode_response(response)
     if len(row[0]) + len(row[1]) > adapter.n_ctx:
-        raise PromptError(f"the text has {len(row[0]) + len(row[1])} tokens, the context {adapter.n_ctx}: shorten it")
+        length = len(row[0]) + len(row[1])
+        raise PromptError(f"the text has {length} tokens, the context {adapter.n_ctx}: shorten {shown(text)}")
     return row
 
 

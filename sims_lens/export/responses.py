@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sims_lens.checks import check_path
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import ExportError, PromptError
@@ -330,11 +331,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, text: str) -> Path:
-    if not path.parent.is_dir():
+    if not check_path(path, ExportError).parent.is_dir():
         raise ExportError(f"folder {path.parent} does not exist; create it first")
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ExportError(f"a text has half of a surrogate pair, {text[error.start]!r}; remove it") from error
+    if check_path(path, ExportError).is_dir():
+        raise ExportError(f"{path} is a folder; name a file")
     path.write_bytes(data)
     return path

@@ -320,7 +320,10 @@ def _reason(error: Exception) -> str:
 def _in_package(name: str, known: PromptSet, wanted: str, revision: str | None) -> Path:
     """A data file of an installed package, which isn't imported."""
     if revision is not None:
-        raise PromptError(f"{name} comes from the package {known.source}: install the version that you want instead")
+        raise PromptError(
+            f"{name} comes from the package {known.source}, so it has no revision {shown(revision)}: install the "
+            "version that you want instead"
+        )
     try:
         found = metadata.distribution(known.source)
     except metadata.PackageNotFoundError:
