@@ -8,7 +8,7 @@ there reaches only the MLP branch, and an *addition* at ``attn_out`` is the same
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from sims_lens.checks import check_list, shown
+from sims_lens.checks import check_list, one_line, shown
 from sims_lens.errors import PlanError
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
@@ -35,7 +35,9 @@ def check_layer(layer: int, n_layers: int, model_name: str) -> None:
     >>> check_layer(3, 4, "tiny")
     """
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
-        raise PlanError(f"layer {shown(layer)} is not in 0..{n_layers - 1} of {model_name}; see model.cfg.n_layers")
+        raise PlanError(
+            f"layer {one_line(layer, 60)} is not in 0..{n_layers - 1} of {model_name}; see model.cfg.n_layers"
+        )
 
 
 def check_layers(layers: Sequence[int] | None, n_layers: int, model_name: str) -> tuple[int, ...]:

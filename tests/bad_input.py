@@ -495,8 +495,17 @@ BAD: dict[str, Bad | None] = {
     "positive": _matrices,
     "negative": _matrices,
     "differences": _matrices,
-    "clean": _matrices,
-    "corrupted": _matrices,
+    "clean": lambda lab: [
+        np.ones((8, D_MODEL)),
+        np.ones((2, D_MODEL)),
+        np.ones(8),
+        np.ones((8, 2, 2)),
+        None,
+        3,
+        "rows",
+        lab.rows,
+    ],
+    "corrupted": lambda lab: [np.ones((8, 3, D_MODEL)), np.ones((8, 3, 5)), np.ones((2, 2)), None, 3, "rows", lab.rows],
     "weights": _matrices,
     "rows": _rows_of_tokens,
     "keep": _just(_lists_of(_INTS)),
@@ -609,6 +618,16 @@ CHOICES = (
     object(),
 )
 """For a setting whose kind its name doesn't tell."""
+
+
+PLOTTED: dict[str, Bad] = {
+    "tokens": lambda _lab: _INTS,
+    "prompts": lambda _lab: ([], [-1], [10**9], ["a"], 17, "ab", None),
+    "pairs": lambda _lab: ([], [("a", "no")], [("a",)], [("a", "b", "c")], [None], 17, "ab"),
+    "value": lambda _lab: ("", "some", 3, None, nan),
+    "direction": lambda _lab: ("", "some", 3, nan),
+}
+"""Arguments that mean something else in a figure."""
 
 
 def _every(call: Callable[..., Any], values: Sequence[Any]) -> dict[str, Bad]:
@@ -1064,7 +1083,7 @@ ENTRIES: dict[str, Entry] = {
         lambda lab: {
             "model": lab.model,
             "plan": lab.plan,
-            "groups": {"a": PROMPTS[:2]},
+            "groups": {"a": PROMPTS[:2], "b": PROMPTS[2:4]},
             "ranker": letters,
             "samples": 1,
             "sampling": SMALL,
@@ -1168,6 +1187,7 @@ ENTRIES: dict[str, Entry] = {
                 if of[1] == "run"
                 else lab.results[of[1]]
             },
+            PLOTTED,
         )
         for name, of in {
             **{

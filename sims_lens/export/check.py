@@ -87,6 +87,7 @@ def prepare(model: Any, plan: SteeringPlan) -> SteeringPlan:
         ExportError: it is empty, or another plan is attached to the model.
         PlanError: it doesn't fit the model.
     """
+    adapt(model).check_runs()
     if TRACKER in model.__dict__:
         raise ExportError("another plan is attached to this model; detach it, or export the sum of the two plans")
     plan = resolve(model, plan)

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.circuits import Amount, ComponentEffect, ComponentEffects, DirectionReaders
 from sims_lens.analysis.patching import HEAD, MLP
-from sims_lens.errors import ConfigError
+from sims_lens.checks import check_choice
 from sims_lens.plots.theme import BLUE, DIVERGING, PURPLE, TEXT, VERMILLION, check_result, titled
 from sims_lens.stats import Interval
 
@@ -45,8 +45,7 @@ def component_effects(found: ComponentEffects, *, value: str = "lost", share: bo
         ConfigError: there is no such value.
     """
     check_result(found, ComponentEffects)
-    if value not in _VALUES:
-        raise ConfigError(f"value {value!r} is not one of {', '.join(_VALUES)}")
+    check_choice("value", value, tuple(_VALUES))
     figure = _map(found, value, share)
     direct = found.direct
     straight = f"{direct.nats.estimate:+.3g}" if direct.share is None else f"{direct.share.estimate:.0%} of it"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sims_lens.analysis.norms import VectorNorms, counted
 from sims_lens.analysis.similarity import DirectionSimilarity, SharedSubspace, Trajectory
-from sims_lens.errors import PlanError
+from sims_lens.checks import check_integer, check_list, one_line
+from sims_lens.errors import ConfigError, PlanError
 from sims_lens.plots.theme import (
     BAND,
     BLUE,
@@ -237,6 +238,9 @@ def similarity_profile(result: DirectionSimilarity, pairs: Sequence[tuple[str, s
         PlanError: there is nothing to compare, or no such name.
     """
     check_result(result, DirectionSimilarity)
+    for pair in () if pairs is None else check_list("pairs", pairs, "[('a', 'b')]"):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+            raise ConfigError(f"a pair is two names of directions, got {one_line(repr(pair), 60)}")
     chosen = pairs
     if chosen is None:
         first = result.names[0]
@@ -428,6 +432,7 @@ def shared_subspace(result: DirectionSimilarity | SharedSubspace, *, components:
         components: how many to show.
     """
     check_result(result, (DirectionSimilarity, SharedSubspace))
+    check_integer("components", components)
     if isinstance(result, DirectionSimilarity):
         result = result.shared_subspace()
     shown = min(components, len(result.explained))

@@ -7,6 +7,7 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.readouts import Reading, Readout, TokenEffect
 from sims_lens.analysis.tokens import visible
+from sims_lens.checks import check_integer
 from sims_lens.errors import PlanError
 from sims_lens.plots.theme import (
     BAND,
@@ -93,6 +94,7 @@ def readout_layers(found: Readout, *, name: str | None = None, tokens: int = _CE
         PlanError: there is no such source.
     """
     check_result(found, Readout)
+    check_integer("tokens", tokens)
     source = found.reading(None, name).name
     readings = [r for r in found.readings if r.name == source]
     count = min(tokens, found.top)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from sims_lens.checks import shown
 from sims_lens.errors import RunError
 from sims_lens.estimators import unit
 from sims_lens.evaluate import Evaluation
@@ -124,8 +125,8 @@ def layer_similarity(run: Run, iteration: int | None = None) -> go.Figure:
     check_result(run, Run)
     iterations = _finished(run)
     index = len(iterations) if iteration is None else iteration
-    if isinstance(index, bool) or not 1 <= index <= len(iterations):
-        raise RunError(f"iteration {index} is not one of the finished ones, 1..{len(iterations)}")
+    if type(index) is not int or not 1 <= index <= len(iterations):
+        raise RunError(f"iteration {shown(index)} is not one of the finished ones, 1..{len(iterations)}")
     directions = unit(iterations[index - 1].vectors.float())
     cosines = (directions @ directions.T).clamp(-1, 1)
     layers = list(range(len(directions)))

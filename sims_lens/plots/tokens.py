@@ -30,7 +30,7 @@ def token_heatmap(scores: TokenScores, *, layer: int | None = None, start: int |
     """
     check_result(scores, TokenScores)
     count = len(scores.tokens)
-    if start is not None and (isinstance(start, bool) or not 0 <= start < count):
+    if start is not None and (type(start) is not int or not 0 <= start < count):
         raise ConfigError(f"start must be a token in 0..{count - 1}, got {start!r}")
     if layer is not None and layer not in scores.layers:
         raise PlanError(f"layer {layer!r} was not scored; {scores.name} has layers {list(scores.layers)}")

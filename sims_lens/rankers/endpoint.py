@@ -23,6 +23,7 @@ from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Re
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import check_kind, is_number, shown
 from sims_lens.errors import RankerError
 
 TEMPLATE: Final = """Here are a prompt and two responses to it. Which response is {criterion}?
@@ -107,6 +108,10 @@ class EndpointJudge:
         retries: int = 12,
         body: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, text in (("base_url", base_url), ("model", model), ("criterion", criterion), ("template", template)):
+            check_kind(name, text, str, "give a text", RankerError)
+        if api_key_env is not None:
+            check_kind("api_key_env", api_key_env, str, "name an environment variable", RankerError)
         self.url, self._host, self._local = _address(base_url)
         lacking = sorted({"criterion", "prompt", "first", "second"} - set(_FIELD.findall(template)))
         if lacking:
@@ -122,8 +127,12 @@ class EndpointJudge:
             ("concurrency", concurrency, 1),
             ("retries", retries, 0),
         ):
-            if value is not None and not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-                raise RankerError(f"{name} = {value} is not {'above 0' if least is None else f'{least} or more'}")
+            if value is not None and not (is_number(value) and (value > 0 if least is None else value >= least)):
+                raise RankerError(
+                    f"{name} = {shown(value)} is not {'above 0' if least is None else f'{least} or more'}"
+                )
+        if body is not None:
+            check_kind("body", body, Mapping, "give one such as {'temperature': 0.5}", RankerError)
         self.name = f"{model}({criterion})"
         self._request = {"model": model, "temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
         self._request = {key: value for key, value in (self._request | dict(body or {})).items() if value is not None}
