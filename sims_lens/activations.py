@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sims_lens.adapter import Adapter, adapt, left_pad
+from sims_lens.adapter import Adapter, adapt, check_rows, left_pad
 from sims_lens.capture_store import StoredTokens, writing
-from sims_lens.errors import ModelError
+from sims_lens.checks import check_folder, check_integer, check_list, shown
+from sims_lens.errors import ModelError, PromptError
 from sims_lens.moments import PairMoments, PairStream
-from sims_lens.prompts import everyday
+from sims_lens.prompts import check_prompts, everyday
 from sims_lens.scope import RESPONSE, TRACKER, TokenScope, left_padded_regions
-from sims_lens.sites import check_layer
+from sims_lens.sites import check_layers
 from sims_lens.token_rows import Joined
 from sims_lens.token_rows import Row as Row  # others take it from here
 from sims_lens.twin import attached
@@ -159,6 +160,7 @@ def capture(
     Raises:
         ModelError: a row has no token in scope.
     """
+    check_integer("batch_rows", batch_rows)
     reader = _Reader(model, rows, sites=(site,), scope=scope)
     means = torch.zeros(len(rows), reader.adapter.n_layers, reader.adapter.d_model)
     norms: list[list[Tensor]] = [[] for _ in range(reader.adapter.n_layers)]
@@ -211,12 +213,19 @@ def capture_moments(
             site is named.
         PlanError: the model has no such layer or site.
     """
+    for texts in (positive, negative):
+        check_list("rows", texts, "[([1, 2], [3])]", PromptError)
     if len(positive) != len(negative):
         raise ModelError(f"{len(positive)} positive and {len(negative)} negative texts; give one of each per pair")
     pairs = len(positive)
     weights = torch.zeros(0, pairs) if weights is None else weights
-    if weights.shape[1] != pairs:
-        raise ModelError(f"weights has a column for each of {weights.shape[1]} pairs, there are {pairs}")
+    if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[1] != pairs:
+        what = list(weights.shape) if isinstance(weights, Tensor) else shown(weights)
+        raise ModelError(f"weights must be a tensor [group, pair] with a column for each of {pairs} pairs, got {what}")
+    if batch_tokens is not None:
+        check_integer("batch_tokens", batch_tokens)
+    for index in check_list("keep", keep, "[0, 1]"):
+        check_integer("an index in keep", index, 0, pairs - 1)
     reader = _Reader(model, Joined(positive, negative), sites=sites, scope=scope, layers=layers)
     chosen, d_model = reader.layers, reader.adapter.d_model
     if not chosen or not sites:
@@ -322,6 +331,9 @@ def capture_tokens(
         PlanError: the model has no such layer.
         ConfigError: the file would be larger than ``limit_bytes``, or than what is free on the disk.
     """
+    check_integer("batch_rows", batch_rows)
+    if out is not None:
+        check_folder(out)
     reader = _Reader(model, rows, sites=(site,), scope=scope, layers=layers)
     adapter, chosen = reader.adapter, reader.layers
     place = {layer: index for index, layer in enumerate(chosen)}
@@ -400,20 +412,23 @@ class _Reader:
         scope: TokenScope | str,
         layers: Sequence[int] | None = None,
     ) -> None:
-        self.model, self.rows, self.sites = model, rows, tuple(sites)
+        self.model, self.rows = model, rows
+        self.sites = tuple(check_list("sites", sites, "['resid_post']"))
         self.scope = TokenScope.of(scope)
         self.adapter = adapt(model)
-        for layer in layers or ():
-            check_layer(layer, self.adapter.n_layers, self.adapter.name)
-        self.layers = tuple(range(self.adapter.n_layers) if layers is None else layers)
+        self.layers = check_layers(layers, self.adapter.n_layers, self.adapter.name)
         for site in self.sites:
             for layer in self.layers:
                 self.adapter.point(layer, site)
+        check_rows(self.adapter, rows)
+        self.adapter.check_runs()
         # arrays here and below: lists of very many numbers take much more memory
         self.counts = array("q", (_count(self.scope, len(prompt), len(response)) for prompt, response in rows))
         if 0 in self.counts:
             index = self.counts.index(0)
-            raise ModelError(f"row {index} has no token in scope {self.scope.name!r}; leave such rows out")
+            raise ModelError(
+                f"row {index}, {shown(rows[index])}, has no token in scope {self.scope.name!r}; leave such rows out"
+            )
         watched = attached(model).watched
         self._shares = not watched and _goes_on_from_any_column(self.adapter)
         self._ends = array("q", (len(prompt) + len(response) for prompt, response in rows))
@@ -860,6 +875,6 @@ def residual_norms(model: Any, *, site: str = "resid_post", prompts: Sequence[st
         prompts: the first 16 of the packaged everyday prompts where None.
     """
     adapter = adapt(model)
-    texts = everyday(_NORM_PROMPTS) if prompts is None else prompts
+    texts = everyday(_NORM_PROMPTS) if prompts is None else check_prompts(prompts)
     measured = capture(model, [(adapter.encode(text), ()) for text in texts], site=site, scope="all")
     return {layer: float(norm) for layer, norm in enumerate(measured.median_norm)}

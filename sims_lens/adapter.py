@@ -7,6 +7,7 @@ logits of the last columns out, a KV cache that can be expanded, and hook points
 
 import copy
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sims_lens.checks import check_kind, one_line, shown
 from sims_lens.cost import Arithmetic
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.plan import Provenance
@@ -109,8 +111,10 @@ class Adapter(ABC):
         become turns. A :class:`~sims_lens.prompts.Chat` becomes a turn for each thing that was said in it.
 
         Raises:
-            PromptError: nothing is left after tokenization, or a chat is given to a model without a chat template.
+            PromptError: nothing is left after tokenization, it is no text or none that can be encoded, or a chat is
+                given to a model without a chat template.
         """
+        _check_text(prompt, "a prompt")
         if isinstance(prompt, Chat):
             return self._encode_chat(prompt)
         tokenizer = self.tokenizer
@@ -136,13 +140,10 @@ class Adapter(ABC):
             raise PromptError(f"{self.name} has no chat template, so that it can't be given a chat; use a chat model")
         turns = chat.turns
 
-        def rendered(turns: list[dict[str, str]]) -> str:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
         if not any(token in turn["content"] for turn in turns for token in self._special.values()):
-            return self._ids(rendered(turns))
+            return self._ids(self._rendered(turns))
         names = [f"{_SENTINEL}-{index}-end" for index in range(len(turns))]
-        text = rendered([{**turn, "content": name} for turn, name in zip(turns, names, strict=True)])
+        text = self._rendered([{**turn, "content": name} for turn, name in zip(turns, names, strict=True)])
         ids: list[int] = []
         for name, turn in zip(names, turns, strict=True):
             before, _, text = text.partition(name)
@@ -156,8 +157,9 @@ class Adapter(ABC):
         as it would in a document, with a space where there is one.
 
         Raises:
-            PromptError: nothing is left after tokenization.
+            PromptError: nothing is left after tokenization, or it is no text or none that can be encoded.
         """
+        _check_text(response, "a response")
         ids = self._ids(response, plain=True)
         if not ids:
             raise PromptError(f"response {response[:60]!r} has no tokens for {self.name}")
@@ -174,7 +176,7 @@ class Adapter(ABC):
         stops = {tokenizer.eos_token_id} - {None}
         if getattr(tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SENTINEL}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            text = self._rendered(turns, add_generation_prompt=False)
             tail = self._ids(text.rpartition(_SENTINEL)[2])
             stops |= {next((i for i in tail if i in self._special), tokenizer.eos_token_id)} - {None}
         return tuple(sorted(int(i) for i in stops))
@@ -186,8 +188,20 @@ class Adapter(ABC):
         return dict(named) | {i: str(t) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
 
     def _chat(self, content: str) -> str:
-        turns = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return self._rendered([{"role": "user", "content": content}])
+
+    def _rendered(self, turns: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        except TemplateError as error:
+            raise PromptError(
+                f"the chat template of {self.name} refuses the turns {shown([turn['role'] for turn in turns])} "
+                f"({one_line(error, 120)}); use another model, or set model.tokenizer.chat_template"
+            ) from error
 
     def _ids(self, text: str, *, plain: bool = False) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)
@@ -204,7 +218,7 @@ class Adapter(ABC):
         name = hook_name(layer, site)
         point = self._points.get(name)
         if point is None:
-            raise PlanError(f"{self.name} has no hook point {name}; see model.hook_dict")
+            raise PlanError(f"{self.name} has no hook point {name}, site {shown(site)}; see model.hook_dict")
         return point
 
     @cached_property
@@ -225,6 +239,45 @@ class Adapter(ABC):
         """Undo :meth:`register`, also where it stopped halfway."""
 
     # Forward passes
+
+    def check_runs(self) -> None:
+        """Raise :class:`ModelError` unless running the model gives a result, and the same one each time.
+
+        A quantised model is not refused: it is run by itself, and what needs its weights says so.
+        """
+        parameters = list(self.model.parameters())
+        places = {p.device.type for p in parameters}
+        if "meta" in places:
+            raise ModelError(f"{self.name} is on the meta device and has no weights; load them first")
+        if len(places) > 1 and not hasattr(getattr(self.model, "original_model", None), "hf_device_map"):
+            raise ModelError(
+                f"the weights of {self.name} are on {' and '.join(sorted(places))}; move them to one, as with "
+                "model.to('cpu')"
+            )
+        acting = next((name for name, part in self.model.named_modules() if _drops_out(part)), None)
+        if acting is not None:
+            raise ModelError(
+                f"{self.name} is in training mode, and the dropout in {acting} makes it another model in each pass; "
+                "call model.eval() first"
+            )
+        types = {p.dtype for p in parameters if p.is_floating_point()}
+        if len(types) > 1:
+            self._check_mixed(types)
+
+    def _check_mixed(self, types: set[torch.dtype]) -> None:
+        """Some models mean to have their norms or routers in another dtype: only a pass tells."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        try:
+            with torch.inference_mode():
+                self.logits(token, torch.ones_like(token, dtype=torch.bool), keep=1)
+        except (RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            named = " and ".join(sorted(str(t).removeprefix("torch.") for t in types))
+            raise ModelError(
+                f"the weights of {self.name} are in {named}, and it can't be run ({one_line(error, 120)}); "
+                "convert them to one, as with model.to(torch.float32)"
+            ) from error
 
     @abstractmethod
     def logits(
@@ -493,17 +546,70 @@ def cached_length(call: Callable[[str], Any], arguments: Sequence[Any]) -> int:
     return 0
 
 
-def check_lengths(adapter: Adapter, prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Raise :class:`PromptError` unless every prompt leaves room for a response in the context."""
+def check_lengths(
+    adapter: Adapter,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    encoded: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Raise :class:`PromptError` unless every prompt leaves room for a response in the context.
+
+    Args:
+        adapter: of the model.
+        prompts: texts.
+        max_new_tokens: of a response.
+        encoded: the prompts' token ids, where they are known.
+    """
     if max_new_tokens >= adapter.n_ctx:
         raise ConfigError(f"max_new_tokens = {max_new_tokens} does not fit the context of {adapter.n_ctx} tokens")
     for index, prompt in enumerate(prompts):
-        length = len(adapter.encode(prompt))
+        length = len(adapter.encode(prompt) if encoded is None else encoded[index])
         if length + max_new_tokens > adapter.n_ctx:
             raise PromptError(
                 f"prompt {index} ({prompt[:40]!r}...) has {length} tokens; with {max_new_tokens} new ones that is more "
                 f"than the context of {adapter.n_ctx}: shorten it or lower max_new_tokens"
             )
+
+
+def check_rows(adapter: Adapter, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """Raise :class:`PromptError` unless rows are token ids of the model's, of prompts and responses in its context."""
+    if isinstance(rows, (str, bytes)) or not isinstance(rows, Sequence):
+        raise PromptError(f"rows must be a list of (prompt, response) of token ids, got {shown(rows)}")
+    vocabulary = int(adapter.cfg.d_vocab)
+    for index, row in enumerate(rows):
+        try:
+            prompt, response = row
+            parts = [array("q", prompt), array("q", response)]
+        except (TypeError, ValueError, OverflowError):
+            raise PromptError(
+                f"row {index} is {shown(row)}; a row is (prompt, response), two lists of token ids"
+            ) from None
+        for ids in parts:
+            if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
+                wrong = next(i for i in ids if not 0 <= i < vocabulary)
+                raise PromptError(
+                    f"row {index} has the token id {wrong}; those of {adapter.name} are 0..{vocabulary - 1}"
+                )
+        length = len(parts[0]) + len(parts[1])
+        if length > adapter.n_ctx:
+            raise PromptError(f"row {index} has {length} tokens, the context {adapter.n_ctx}: shorten {shown(row)}")
+
+
+def _check_text(text: object, what: str) -> None:
+    check_kind(what, text, str, "give a text", PromptError)
+    assert isinstance(text, str)
+    if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
+        raise PromptError(f"{what} has half of a surrogate pair, {half!r}; remove it: {shown(text)}")
+
+
+def _drops_out(part: nn.Module) -> bool:
+    """Whether a module is in training mode and has a dropout, as a part or as the number that transformers' have."""
+    if not part.training:
+        return False
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return part.p > 0
+    numbers = (vars(part).get(name) for name in ("attention_dropout", "dropout", "activation_dropout", "layerdrop"))
+    return any(isinstance(number, float) and number > 0 for number in numbers)
 
 
 def left_pad(

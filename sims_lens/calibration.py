@@ -19,6 +19,7 @@ import numpy as np
 
 from sims_lens.adapter import adapt, check_lengths
 from sims_lens.behaviour import PairBehaviour, encode_pairs
+from sims_lens.checks import check_integer, check_kind, check_list, check_seed, is_number, shown
 from sims_lens.config import SamplingConfig
 from sims_lens.cost import Cost, Meter, cost_text, forced_count
 from sims_lens.data import Sample, by_prompt
@@ -69,6 +70,16 @@ class FluencyBudget:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > floor:
                 raise ConfigError(f"{name} must be a number above {floor:g} (math.inf for no limit), got {value!r}")
 
+    def to_json(self) -> dict[str, float | None]:
+        """A plain dict; the inverse of :meth:`from_json`. No limit is null, as JSON has no infinity."""
+        limits = {"perplexity_ratio": self.perplexity_ratio, "kl": self.kl}
+        return {name: limit if math.isfinite(limit) else None for name, limit in limits.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, float | None]) -> "FluencyBudget":
+        """The budget that :meth:`to_json` described."""
+        return cls(**unlimited({"budget": data})["budget"])
+
     def allows(self, point: "Point") -> bool:
         """Whether both estimates are within the limits."""
         return all(interval.estimate <= limit for interval, limit in self._against(point))
@@ -83,6 +94,14 @@ class FluencyBudget:
 
     def _against(self, point: "Point") -> tuple[tuple[Interval, float], ...]:
         return (point.perplexity_ratio, self.perplexity_ratio), (point.evaluation.kl, self.kl)
+
+
+def unlimited(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result wrote, with infinity for the limits of its budget that are null."""
+    budget = data.get("budget")
+    if not isinstance(budget, Mapping):
+        return dict(data)
+    return {**data, "budget": {name: math.inf if limit is None else limit for name, limit in budget.items()}}
 
 
 @dataclass(frozen=True)
@@ -287,7 +306,7 @@ class Calibration:
             "model": self.model,
             "objective": self.objective,
             "units": self.units,
-            "budget": {"perplexity_ratio": self.budget.perplexity_ratio, "kl": self.budget.kl},
+            "budget": self.budget.to_json(),
             "curve": [p.to_json() for p in self.curve],
             "report": self.report.to_json() if self.report else None,
             "prompts": list(self.prompts),
@@ -307,7 +326,8 @@ class Calibration:
         Raises:
             ResultError: it is no such thing.
         """
-        return replace(read_as(cls, {**known_fields(cls, data), "steering": None}), steering=plan)  # type: ignore[no-any-return]
+        found = {**unlimited(known_fields(cls, data)), "steering": None}
+        return replace(read_as(cls, found), steering=plan)  # type: ignore[no-any-return]
 
     def _is_chosen(self, point: Point) -> bool:
         chosen = self.chosen
@@ -414,8 +434,11 @@ def calibrate(
     if behaviour is not None and not isinstance(behaviour, PairBehaviour):
         raise ConfigError(f"behaviour must be a PairBehaviour, got {type(behaviour).__name__}; a ranker is ranker=")
     grid = _checked_grid(factors, refine, report)
-    sampling = sampling or SamplingConfig(responses=2)
-    limits = budget or FluencyBudget()
+    sampling = SamplingConfig(responses=2) if sampling is None else sampling
+    check_kind("sampling", sampling, SamplingConfig, "make one, as SamplingConfig(responses=2)")
+    limits = FluencyBudget() if budget is None else budget
+    check_kind("budget", limits, FluencyBudget, "make one, as FluencyBudget(perplexity_ratio=1.5, kl=0.5)")
+    check_seed(seed)
     judge = None if ranker is None else bound_ranker(ranker, model)
     texts = check_prompts(prompts)
     first, second = _split(texts, report, seed, "prompts")
@@ -576,21 +599,18 @@ class _Bench:
 
 
 def _checked_grid(factors: Sequence[float], refine: int, report: float) -> tuple[float, ...]:
-    grid = tuple(factors)
-    if not grid or len(set(grid)) < len(grid):
-        raise ConfigError(f"factors must be different positive numbers, such as {FACTORS}, got {factors!r}")
+    grid = tuple(check_list("factors", factors, "[0.5, 1, 2]"))
     for factor in grid:
-        if not _is_number(factor) or not (math.isfinite(factor) and factor > 0):
-            raise ConfigError(f"a factor must be a positive number, got {factor!r}; for the other sign calibrate -plan")
-    if type(refine) is not int or refine < 0:
-        raise ConfigError(f"refine must be an integer from 0 up, got {refine!r}")
-    if not _is_number(report) or not 0 < report < 1:
-        raise ConfigError(f"report must be a share of the prompts, between 0 and 1, got {report!r}")
+        if not is_number(factor) or not factor > 0:
+            raise ConfigError(
+                f"a factor must be a positive number, got {shown(factor)}; for the other sign calibrate -plan"
+            )
+    if not grid or len(set(grid)) < len(grid):
+        raise ConfigError(f"factors must be different positive numbers, such as {FACTORS}, got {shown(factors)}")
+    check_integer("refine", refine, 0)
+    if not is_number(report) or not 0 < report < 1:
+        raise ConfigError(f"report must be a share of the prompts, between 0 and 1, got {shown(report)}")
     return tuple(float(factor) for factor in grid)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _named(plan: object) -> dict[str, SteeringPlan]:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.checks import check_path
 from sims_lens.errors import ConfigError
 from sims_lens.typed import read_as
 
@@ -46,7 +47,7 @@ class StoredTokens(Sequence[Tensor]):
     def __init__(self, path: str | Path) -> None:
         import numpy as np
 
-        path = Path(path)
+        path = check_path(path)
         self.path = path / FILE if path.is_dir() else path
         try:
             with self.path.open("rb") as file:

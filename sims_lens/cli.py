@@ -1,12 +1,14 @@
 """The command line: ``sims-lens demo | improve | plan | fit | generate | export | report``.
 
 Exit codes: 0 done, 2 something that was given can't be used (one line says what and what to do), 130 interrupted; an
-interrupted run goes on when the same command is given again.
+interrupted run goes on when the same command is given again. What ``--json`` writes is JSON as the standard has it: a
+number that is not finite is null.
 """
 
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from sims_lens.checks import check_integer, check_number, check_path, check_seed
 from sims_lens.config import GuardConfig, SamplingConfig, SIMSConfig
 from sims_lens.errors import ConfigError, ExportError, FitError, PlanError, SimsError
 from sims_lens.terminal import plain, say
@@ -186,7 +189,7 @@ class Compare:
         from sims_lens.prompts import read_prompts
         from sims_lens.supervised import read_pairs
 
-        _check_page(self.html)
+        _check_file(self.html, "--html")
         prompts = read_prompts(self.prompts)
         pairs = () if self.pairs is None else read_pairs(self.pairs)
         ranker, evaluator = _Judges(self.ranker, self.criterion, self.evaluator).load()
@@ -249,8 +252,7 @@ class Fit:
             raise FitError(f"estimator {self.estimator!r} is not one of {', '.join(ESTIMATORS)}")
         scope = TokenScope.of(self.scope)
         pairs = read_pairs(self.pairs)
-        if not self.out.parent.is_dir():
-            raise PlanError(f"folder {self.out.parent} does not exist; create it first")
+        _check_file(self.out, "--out")
         say(f"loading {self.model} ...", file=sys.stderr)
         model = load(self.model, revision=self.revision, kind=self.kind)
         found = fit(model, pairs, estimator=ESTIMATORS[self.estimator](), site=self.site, seed=self.seed)
@@ -357,8 +359,9 @@ class Generate:
 
         prompts = check_prompts(self.prompt)
         sampling = SamplingConfig(max_new_tokens=self.max_new_tokens)
-        if self.samples < 1:
-            raise PlanError(f"samples must be at least 1, got {self.samples}")
+        check_integer("--samples", self.samples)
+        check_number("--scale", self.scale)
+        check_seed(self.seed, "--seed")
         plan, model = _planned(self.run_dir, self.model, self.kind)
         sampler = LocalSampler(model, sampling)
         answers = {
@@ -418,7 +421,7 @@ class Sweep:
             raise PlanError("give --pairs or --ranker, not both")
         if self.run_dir.is_file() and self.pairs is None and self.ranker is None:
             raise PlanError("give --pairs or --ranker: a plan file holds no texts to measure on")
-        _check_page(self.html)
+        _check_file(self.html, "--html")
         ranker = None if self.ranker is None else _ranker(self.ranker)
         pairs = None if self.pairs is None else read_pairs(self.pairs)
         prompts = None if self.prompts is None else read_prompts(self.prompts)
@@ -498,16 +501,33 @@ def _planned(path: Path, name: str | None, kind: str | None) -> tuple["SteeringP
     from sims_lens.plan import SteeringPlan
     from sims_lens.run import open_run
 
-    if not path.exists():
+    if not check_path(path).exists():
         raise PlanError(f"there is no plan or run at {path}")
     plan = SteeringPlan.load(path) if path.is_file() else open_run(path).plan
+    if not plan.interventions:
+        raise PlanError(f"the plan at {path} steers nothing: it has no interventions; give another one")
     name = name or plan.provenance.model
     return plan, load("embedded" if name in (EMBEDDED, "") else name, kind=kind)
 
 
-def _check_page(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise PlanError(f"folder {path.parent} of --html {path} does not exist; create it first")
+def _check_file(path: Path | None, option: str) -> None:
+    """Raise unless a file can be written there: told before anything is computed."""
+    if path is None:
+        return
+    check_path(path)
+    if not path.parent.is_dir():
+        raise PlanError(f"folder {path.parent} of {option} {path} does not exist; create it first")
+    if path.is_dir():
+        raise PlanError(f"{option} {path} is a folder; name a file in it")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for each number that JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _page(path: Path, result: object) -> None:
@@ -617,13 +637,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="Self-improving model steering for TransformerLens.",
             args=arguments,
         )
-        if command.json is not None and not command.json.parent.is_dir():
-            raise SimsError(f"folder {command.json.parent} of --json {command.json} does not exist; create it first")
+        _check_file(command.json, "--json")
         result = command.run()
         if command.json is not None:
-            command.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+            text = json.dumps(_finite(result), indent=2, default=str, allow_nan=False)
+            command.json.write_text(text + "\n", encoding="utf-8")
     except SimsError as error:
         say(f"error: {plain(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # what reads the output has seen enough, as `| head` does
+        sys.stdout = None
+        return 141
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        said = plain(where + (error.strerror or str(error)))
+        print(f"error: {said}; check the path, its rights and the room on the disk", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         say("\ninterrupted; give the same command again to go on", file=sys.stderr)

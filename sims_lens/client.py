@@ -26,6 +26,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
+from sims_lens.checks import check_kind, is_number, shown
 from sims_lens.errors import SimsError
 
 _FIRST_WAIT: Final = 0.5  # seconds before the first retry, doubled each time
@@ -74,6 +75,8 @@ class Client:
     ) -> None:
         self._error = error
         self.url, self._local = self._address(base_url, path)
+        if api_key_env is not None:
+            check_kind("api_key_env", api_key_env, str, "name an environment variable", error)
         if api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", api_key_env):
             raise error(  # and doesn't say what it is: it may be the key itself
                 "api_key_env is the name of an environment variable, in capitals, such as 'OPENAI_API_KEY', and never "
@@ -84,8 +87,8 @@ class Client:
             ("timeout", timeout, None),
             ("retries", retries, 0),
         ):
-            if value is not None and not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-                raise error(f"{name} = {value} is not {'above 0' if least is None else f'{least} or more'}")
+            if value is not None and not (is_number(value) and (value > 0 if least is None else value >= least)):
+                raise error(f"{name} = {shown(value)} is not {'above 0' if least is None else f'{least} or more'}")
         self._where = f"the endpoint {self.url}{f' {about}' if about else ''}"
         self._key_name, self._gap = api_key_env, 60 / per_minute if per_minute else 0.0
         self._timeout, self._retries = timeout, retries

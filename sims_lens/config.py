@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from sims_lens.checks import check_list, is_number, shown
 from sims_lens.errors import ConfigError
 from sims_lens.scope import TokenScope
 from sims_lens.sites import check_site
@@ -26,13 +27,14 @@ Policy = Literal["all", "top_margin", "stratified", "recency", "random"]
 
 def _positive_int(name: str, value: Any, low: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        raise ConfigError(f"{name} must be an integer of at least {low}, got {shown(value)}")
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-    if bad or value < low or value > high or (open_low and value == low):
-        raise ConfigError(f"{name} must be a number {'above' if open_low else 'from'} {low} to {high}, got {value!r}")
+    if not is_number(value) or value < low or value > high or (open_low and value == low):
+        raise ConfigError(
+            f"{name} must be a number {'above' if open_low else 'from'} {low} to {high}, got {shown(value)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,19 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _positive_int("responses (K)", self.responses, low=2)
         if self.allocation not in get_args(Allocation):
-            raise ConfigError(f"allocation must be one of {', '.join(get_args(Allocation))}, got {self.allocation!r}")
+            raise ConfigError(
+                f"allocation must be one of {', '.join(get_args(Allocation))}, got {shown(self.allocation)}"
+            )
         _positive_int("max_new_tokens", self.max_new_tokens)
         if self.batch_rows is not None:
             _positive_int("batch_rows", self.batch_rows)
         _number("min_p", self.min_p, 0.0, 1.0)
         stop = self.stop
         if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
-            raise ConfigError(f'stop must be a tuple of strings, such as ("\\n\\n",), got {stop!r}')
+            raise ConfigError(f'stop must be a tuple of strings, such as ("\\n\\n",), got {shown(stop)}')
         object.__setattr__(self, "stop", tuple(stop))
         if self.dtype is not None and self.dtype not in get_args(Dtype):
-            raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, or None; got {self.dtype!r}")
+            raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, or None; got {shown(self.dtype)}")
         _number("temperature", self.temperature, 0.0, open_low=True)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         if self.top_k is not None:
@@ -101,7 +105,7 @@ class RankingConfig:
 
     def __post_init__(self) -> None:
         if self.audit not in get_args(AuditPolicy):
-            raise ConfigError(f"audit must be one of {', '.join(get_args(AuditPolicy))}, got {self.audit!r}")
+            raise ConfigError(f"audit must be one of {', '.join(get_args(AuditPolicy))}, got {shown(self.audit)}")
         _positive_int("audit_prompts", self.audit_prompts, low=2)
 
 
@@ -130,15 +134,17 @@ class ContrastConfig:
         if self.memory is not None:
             _positive_int("memory", self.memory)
         if self.policy not in get_args(Policy):
-            raise ConfigError(f"policy must be one of {', '.join(get_args(Policy))}, got {self.policy!r}")
+            raise ConfigError(f"policy must be one of {', '.join(get_args(Policy))}, got {shown(self.policy)}")
         if self.size is not None:
             _positive_int("size", self.size)
             if self.policy == "all":
-                raise ConfigError(f"policy 'all' takes every pair; with size = {self.size} choose another policy")
+                raise ConfigError(
+                    f"policy 'all' takes every pair; with size = {shown(self.size)} choose another policy"
+                )
         _positive_int("per_prompt", self.per_prompt)
         _number("min_margin", self.min_margin, 0.0)
         if self.length not in get_args(LengthControl):
-            raise ConfigError(f"length must be one of {', '.join(get_args(LengthControl))}, got {self.length!r}")
+            raise ConfigError(f"length must be one of {', '.join(get_args(LengthControl))}, got {shown(self.length)}")
 
 
 @dataclass(frozen=True)
@@ -176,23 +182,23 @@ class SteeringConfig:
         TokenScope.of(self.scope)
         if self.strength != "auto":
             if isinstance(self.strength, str):
-                raise ConfigError(f'strength must be "auto" or a number such as 0.2, got {self.strength!r}')
+                raise ConfigError(f'strength must be "auto" or a number such as 0.2, got {shown(self.strength)}')
             _number("strength", self.strength, 0.0, open_low=True)
         _number("kl", self.kl, 0.0, open_low=True)
         _number("max_nll_increase", self.max_nll_increase, 0.0, open_low=True)
         if self.compose not in get_args(Compose):
-            raise ConfigError(f"compose must be one of {', '.join(get_args(Compose))}, got {self.compose!r}")
+            raise ConfigError(f"compose must be one of {', '.join(get_args(Compose))}, got {shown(self.compose)}")
         if self.layers != "auto":
             if not isinstance(self.layers, (tuple, list)) or not self.layers:
-                raise ConfigError(f'layers must be "auto" or a tuple such as (22,), got {self.layers!r}')
+                raise ConfigError(f'layers must be "auto" or a tuple such as (22,), got {shown(self.layers)}')
             object.__setattr__(self, "layers", tuple(self.layers))
             for layer in self.layers:
                 _positive_int("a layer", layer, low=0)
             if len(set(self.layers)) < len(self.layers):
                 raise ConfigError(f"layers are named twice in {self.layers!r}")
-        if not isinstance(self.candidates, (tuple, list)) or not self.candidates:
-            raise ConfigError(f"candidates must be fractions of the depth, such as (0.75,), got {self.candidates!r}")
-        object.__setattr__(self, "candidates", tuple(self.candidates))
+        object.__setattr__(self, "candidates", tuple(check_list("candidates", self.candidates, "(0.75,)")))
+        if not self.candidates:
+            raise ConfigError("candidates must hold at least one fraction of the depth, such as (0.75,)")
         for fraction in self.candidates:
             _number("a candidate", fraction, 0.0, 1.0)
 
@@ -262,7 +268,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(GuardMode):
-            raise ConfigError(f"mode must be one of {', '.join(get_args(GuardMode))}, got {self.mode!r}")
+            raise ConfigError(f"mode must be one of {', '.join(get_args(GuardMode))}, got {shown(self.mode)}")
         _number("kl_95", self.kl_95, 0.0, open_low=True)
         _number("perplexity_ratio", self.perplexity_ratio, 1.0, open_low=True)
         _number("diversity", self.diversity, 0.0, 1.0)
@@ -298,7 +304,7 @@ class SIMSConfig:
         for part in fields(self)[2:]:
             kind = part.default_factory
             if not isinstance(getattr(self, part.name), kind):  # type: ignore[arg-type]
-                raise ConfigError(f"{part.name} must be a {kind.__name__}, got {getattr(self, part.name)!r}")  # type: ignore[union-attr]
+                raise ConfigError(f"{part.name} must be a {kind.__name__}, got {shown(getattr(self, part.name))}")  # type: ignore[union-attr]
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; the inverse of :meth:`from_json`."""

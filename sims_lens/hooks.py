@@ -422,12 +422,7 @@ def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
     Raises:
         PlanError: the plan does not fit the model.
     """
-    if not isinstance(plan, SteeringPlan):
-        makes_one = isinstance(getattr(type(plan), "plan", None), property)
-        has = "its plan is .plan" if makes_one else "make one with .plan(layer)" if hasattr(plan, "plan") else ""
-        raise PlanError(
-            f"expected a SteeringPlan, got {type(plan).__name__}; {has or 'see SteeringPlan.addition({layer: vector})'}"
-        )
+    check_plan(plan)
     check_fits(adapt(model), plan)
     if all(i.units == "absolute" or i.residual_norm is not None for i in plan.interventions):
         return plan
@@ -446,9 +441,23 @@ def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:
     )
 
 
+def check_plan(plan: object) -> None:
+    """Raise :class:`PlanError` unless it is a plan; what could make one is told how."""
+    if not isinstance(plan, SteeringPlan):
+        makes_one = isinstance(getattr(type(plan), "plan", None), property)
+        has = "its plan is .plan" if makes_one else "make one with .plan(layer)" if hasattr(plan, "plan") else ""
+        raise PlanError(
+            f"expected a SteeringPlan, got {type(plan).__name__}; {has or 'see SteeringPlan.addition({layer: vector})'}"
+        )
+
+
 def check_unsteered(model: Any) -> None:
-    """Raise :class:`ModelError` where a plan is attached: what compares with the unsteered model needs it unsteered."""
+    """Raise :class:`ModelError` where a plan is attached: what compares with the unsteered model needs it unsteered.
+
+    Nor is a model let through that can't be run for a result, see :meth:`~sims_lens.adapter.Adapter.check_runs`.
+    """
     adapter = adapt(model)
+    adapter.check_runs()
     if model.__dict__.get(TRACKER) is not None:
         raise ModelError(
             f"a plan is attached to {adapter.name}, and this compares with the unsteered model: leave its `with` "

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
+from sims_lens.checks import check_kind
 from sims_lens.errors import PlanError
 from sims_lens.plan import Intervention, Provenance, SteeringPlan
 from sims_lens.sites import hook_name
@@ -59,6 +60,7 @@ def push_to_hub(
     """
     from huggingface_hub import CommitOperationAdd, create_branch, create_commit, create_repo
 
+    check_kind("repo_id", repo_id, str, "give one such as 'you/plan'", PlanError)
     card = model_card(plan, repo_id=repo_id, results=results, license=license)
     with tempfile.TemporaryDirectory(prefix="sims_lens_") as folder:
         file = plan.save(Path(folder) / FILE)
@@ -91,6 +93,9 @@ def from_hub(repo_id: str, *, revision: str | None = None) -> SteeringPlan:
     """
     from huggingface_hub import hf_hub_download
 
+    check_kind("repo_id", repo_id, str, "give one such as 'you/plan'", PlanError)
+    if revision is not None:
+        check_kind("revision", revision, str, "give a branch, tag or commit", PlanError)
     with _explained("read a plan from", repo_id, revision):
         path = Path(hf_hub_download(repo_id, FILE, revision=revision))
     plan = SteeringPlan.load(path)
@@ -123,6 +128,7 @@ def model_card(
     """
     from huggingface_hub import ModelCardData
 
+    check_kind("plan", plan, SteeringPlan, "see SteeringPlan.addition({layer: vector})", PlanError)
     origin = plan.provenance
     data = ModelCardData(
         base_model=origin.model if _is_hub_id(origin.model) else None,

@@ -14,14 +14,15 @@ from torch import Tensor
 from sims_lens.auditing import Audit, audit, audit_pairs
 from sims_lens.auditing.agreement import pair_signs, same_verdict
 from sims_lens.bank import MemoryBank, diagnose, plan_digest, select_pairs
+from sims_lens.checks import check_folder, check_kind, shown
 from sims_lens.config import SIMSConfig
 from sims_lens.cost import TokenCount
 from sims_lens.course import Course, Memory, Turn
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import RankerError, RunError, TooFewPairsError
+from sims_lens.errors import ConfigError, RankerError, RunError, TooFewPairsError
 from sims_lens.evaluate import Evaluation, evaluate, perplexity_ratio, score_changes
 from sims_lens.guard import Checks, Decision, decide
-from sims_lens.hooks import steering
+from sims_lens.hooks import check_unsteered, steering
 from sims_lens.iteration import candidate_layers, compose, compose_control, fit_contrast, step_coefficients
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
@@ -71,6 +72,7 @@ def improve(
     Raises:
         PromptError: prompts are empty, duplicate, too few, or longer than the context.
         ConfigError: a setting does not fit the model.
+        ModelError: a plan is attached to the model, or it can't be run for a result.
         RankerError: the ranker raised or returned something else than one finite score per response. The run keeps
             what it has: mend the ranker and call again with the same ``out``.
         RunError: ``out`` holds another run, or something else.
@@ -78,6 +80,14 @@ def improve(
     Reference: Zhu et al. 2025, "Self-Improving Model Steering" (arXiv 2507.08967), Algorithm 1. Where the paper
         leaves a choice open, ``docs/method.md`` says what we chose and why.
     """
+    check_unsteered(model)
+    check_kind(
+        "config", SIMSConfig() if config is None else config, SIMSConfig, "make one, as SIMSConfig(iterations=3)"
+    )
+    if out is not None:
+        check_folder(out, RunError)
+    if sampler is not None and not isinstance(sampler, Sampler):
+        raise ConfigError(f"sampler must have a method sample, got {shown(sampler)}; leave it out for the model itself")
     loop = _Loop.begin(model, prompts, ranker=ranker, evaluator=evaluator, config=config, out=out, sampler=sampler)
     with loop.opened(), Progress(loop.total(), show=progress) as bar:
         loop.run(bar)

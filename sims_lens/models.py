@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from platformdirs import user_cache_dir
 
 import sims_lens.progress  # noqa: F401 - before transformers, which imports tqdm and would let it warn in notebooks
 from sims_lens.adapter import restride
+from sims_lens.checks import check_choice, check_kind, check_path, one_line, shown
 from sims_lens.errors import ModelError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -68,6 +69,12 @@ def load(
     """
     kind = _kind(kind)
     target = _device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ModelError(
+            f"dtype must be one of torch's floating-point types, such as torch.float32, got {shown(dtype)}"
+        )
+    if revision is not None:
+        check_kind("revision", revision, str, "give a branch, tag or commit", ModelError)
     source = _locate(name, revision)
     if dtype is None and (target.type == "cpu" or name == "embedded"):
         dtype = torch.float32
@@ -82,7 +89,7 @@ def load(
             other = ", or try kind='bridge'" if kind == "hooked" else ""
             raise ModelError(
                 f"TransformerLens can't make a {kind} model of {source.label!r}, a {type(hf_model).__name__} "
-                f"({_line(error)}); see its list of supported models{other}"
+                f"({one_line(error)}); see its list of supported models{other}"
             ) from error
         if kind == "hooked":
             _check_same(model, hf_model, source.label)
@@ -166,8 +173,8 @@ class _Source(NamedTuple):
 def _kind(kind: str | None) -> str:
     """Resolve the kind of model, "hooked" or "bridge", against the installed TransformerLens."""
     names = {"hooked": "hooked", "HookedTransformer": "hooked", "bridge": "bridge", "TransformerBridge": "bridge"}
-    if kind is not None and kind not in names:
-        raise ModelError(f"kind {kind!r} is not one of {', '.join(names)}")
+    if kind is not None:
+        check_choice("kind", kind, tuple(names), ModelError)
     try:
         from transformer_lens import HookedTransformer  # noqa: F401
     except ImportError as error:  # removed in 4.0
@@ -184,18 +191,28 @@ def _kind(kind: str | None) -> str:
 def _device(device: str | None) -> torch.device:
     from transformer_lens.utilities.devices import get_device
 
+    if device is not None:
+        check_kind("device", device, (str, torch.device), "give one such as 'cpu' or 'cuda:0'", ModelError)
     try:
         target = torch.device(device or get_device())
     except RuntimeError as error:
         raise ModelError(f"device {device!r} is not a device of torch; try 'cpu' or 'cuda'") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: torch sees no CUDA device here; use device='cpu'")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {device!r} is not among the {torch.cuda.device_count()} CUDA devices here")
+    if target.type == "meta":
+        raise ModelError(f"device {device!r} holds no weights, so nothing can be run on it; use device='cpu'")
     return target
 
 
 def _locate(name: str | Path, revision: str | None) -> _Source:
     """Turn a name into a local folder, downloading it if need be."""
-    folder = Path(name).expanduser()
+    if str(name) == "":
+        raise ModelError("the model's name is '', empty; give 'embedded', a folder or a hub id")
+    folder = check_path(name, ModelError)
+    with suppress(RuntimeError):  # there is no home, or no such user
+        folder = folder.expanduser()
     if revision is not None and (name == "embedded" or folder.is_dir()):
         raise ModelError(f"revision {revision!r}: {str(name)!r} is no hub id, so it has no revisions; leave it out")
     if name == "embedded":
@@ -212,7 +229,7 @@ def _locate(name: str | Path, revision: str | None) -> _Source:
         at = f" at revision {revision!r}" if revision else ""
         raise ModelError(
             f"{str(name)!r}{at} is neither 'embedded', nor a folder, nor a model that the Hugging Face hub gives out "
-            f"here ({_line(error)}); check the name, log in if it is gated, and without a network pass "
+            f"here ({one_line(error, 120)}); check the name, log in if it is gated, and without a network pass "
             "the folder of a downloaded checkpoint, or 'embedded'"
         ) from error
     return _Source(Path(found), str(name), Path(found).name)  # snapshots/<commit>
@@ -246,7 +263,7 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
                 f"{folder} needs Python code that comes with it, which is never run: it could do anything; take a "
                 "model whose architecture transformers has itself"
             ) from error
-        raise ModelError(f"transformers can't read {folder} as a causal language model: {_line(error)}") from error
+        raise ModelError(f"transformers can't read {folder} as a causal language model: {one_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; get a complete checkpoint")
     return hf_model, tokenizer
@@ -409,10 +426,6 @@ def _intact(folder: Path) -> bool:
         return all(_sha256(folder / name) == expected for name, expected in hashes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or repr(error)
 
 
 def _sha256(path: Path) -> str:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.checks import check_kind, check_list, check_path, is_number, one_line, shown
 from sims_lens.errors import PlanError
 from sims_lens.files import write_bytes
 from sims_lens.scope import GENERATION, TokenScope
@@ -107,11 +108,11 @@ class Intervention:
         if self.units not in get_args(Units):
             raise PlanError(f"units {self.units!r} is not one of {', '.join(get_args(Units))}")
         if isinstance(self.coefficient, bool) or not isinstance(self.coefficient, (int, float)):
-            raise PlanError(f"coefficient must be a number, got {self.coefficient!r}")
-        if not math.isfinite(self.coefficient):
-            raise PlanError(f"coefficient must be finite, got {self.coefficient}")
+            raise PlanError(f"coefficient must be a number, got {shown(self.coefficient)}")
+        if not is_number(self.coefficient):
+            raise PlanError(f"coefficient must be finite, got {shown(self.coefficient)}")
         norm = self.residual_norm
-        if norm is not None and not (type(norm) in (int, float) and math.isfinite(norm) and norm > 0):
+        if norm is not None and not (is_number(norm) and norm > 0):
             raise PlanError(f"residual_norm must be a positive number, got {norm!r}")
         if self.units == "residual_norm" and not getattr(self.transform, "strength_is_length", True):
             raise PlanError(
@@ -119,8 +120,8 @@ class Intervention:
                 "use units='absolute'"
             )
         life = self.half_life
-        if life is not None and not (type(life) in (int, float) and math.isfinite(life) and life > 0):
-            raise PlanError(f"half_life must be a positive number of generated tokens, got {life!r}")
+        if life is not None and not (is_number(life) and life > 0):
+            raise PlanError(f"half_life must be a positive number of generated tokens, got {shown(life)}")
 
     @property
     def strength(self) -> float:
@@ -167,7 +168,10 @@ class SteeringPlan:
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "interventions", tuple(self.interventions))
+        given = check_list("interventions", self.interventions, "(Intervention(...),)", PlanError)
+        for each in given:
+            check_kind("what a plan holds", each, Intervention, "see SteeringPlan.addition({layer: vector})", PlanError)
+        object.__setattr__(self, "interventions", tuple(given))
 
     @classmethod
     def addition(
@@ -199,7 +203,8 @@ class SteeringPlan:
                 units of the residual norm, an unknown site, unit or scope.
         """
         if not isinstance(vectors, Mapping) or not vectors:
-            raise PlanError(f"vectors must map layers to tensors, for instance {{14: vector}}; got {vectors!r}")
+            raise PlanError(f"vectors must map layers to tensors, for instance {{14: vector}}; got {shown(vectors)}")
+        _check_keys(vectors)
         known = residual_norms or {}
         interventions = []
         for layer in sorted(vectors):
@@ -250,7 +255,13 @@ class SteeringPlan:
             PlanError: no transforms, or an unknown site or scope.
         """
         if not isinstance(transforms, Mapping) or not transforms:
-            raise PlanError(f"transforms must map layers to transforms, as {{14: Ablation(v)}}; got {transforms!r}")
+            raise PlanError(
+                f"transforms must map layers to transforms, as {{14: Ablation(v)}}; got {shown(transforms)}"
+            )
+        _check_keys(transforms)
+        for each in transforms.values():
+            if not isinstance(each, Transform):
+                raise PlanError(f"a transform is for instance sims_lens.Ablation(v), got {shown(each)}")
         made = [
             Intervention(layer, site, transforms[layer], coefficient, scope=TokenScope.of(scope), half_life=half_life)
             for layer in sorted(transforms)
@@ -291,6 +302,8 @@ class SteeringPlan:
 
     def scaled(self, factor: float) -> "SteeringPlan":
         """The same plan with every coefficient multiplied by ``factor``; ``factor * plan`` is the same."""
+        if not is_number(factor):
+            raise PlanError(f"a factor must be a finite number, got {shown(factor)}")
         return self._each(lambda i: replace(i, coefficient=factor * i.coefficient))
 
     def on(self, scope: TokenScope | str) -> "SteeringPlan":
@@ -313,6 +326,10 @@ class SteeringPlan:
         Raises:
             PlanError: a transform of this plan has no direction.
         """
+        if not callable(transform):
+            raise PlanError(
+                f"transform must make a transform of a direction, as sims.Ablation does; got {shown(transform, 40)}"
+            )
         return self._each(
             lambda i: replace(
                 i, transform=transform(_direction(i)), coefficient=coefficient, units="absolute", residual_norm=None
@@ -346,6 +363,8 @@ class SteeringPlan:
         Raises:
             PlanError: nothing is left of a direction, or a transform has none.
         """
+        check_kind("the other plan", other, SteeringPlan, "see SteeringPlan.addition({layer: vector})", PlanError)
+        _check_shapes(SteeringPlan(self.interventions + other.interventions))
         shared: dict[tuple[int, str], list[Tensor]] = {}
         for i in other.interventions:
             shared.setdefault((i.layer, i.site), []).append(_direction(i).double())
@@ -377,7 +396,10 @@ class SteeringPlan:
         Raises:
             PlanError: the plan has none there.
         """
-        wanted = set(layers)
+        chosen = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)) else None
+        if chosen is None or not all(isinstance(layer, int) for layer in chosen):
+            raise PlanError(f"layers must be a list of them, such as {list(self.layers)}, got {shown(layers)}")
+        wanted = set(chosen)
         if missing := wanted - set(self.layers):
             raise PlanError(f"the plan does not steer layers {sorted(missing)}; it steers {list(self.layers)}")
         return replace(self, interventions=tuple(i for i in self.interventions if i.layer in wanted))
@@ -408,9 +430,11 @@ class SteeringPlan:
             PlanError: the folder is missing, a transform can't be saved, or the interventions don't fit one model.
             OSError: the disk is full, or the folder may not be written to.
         """
-        path = Path(path)
+        path = check_path(path, PlanError)
         if not path.parent.is_dir():
             raise PlanError(f"folder {path.parent} does not exist; create it first")
+        if path.is_dir():
+            raise PlanError(f"{path} is a folder; name a file, for instance {path / 'plan.safetensors'}")
         write_bytes(path, self.to_bytes())
         return path
 
@@ -460,7 +484,7 @@ class SteeringPlan:
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import load
 
-        path = Path(path)
+        path = check_path(path, PlanError)
         if not path.is_file():
             raise PlanError(f"there is no plan at {path}")
         try:
@@ -470,7 +494,7 @@ class SteeringPlan:
             data = path.read_bytes() if is_plan else b""
         except (SafetensorError, OSError, ValueError) as error:
             raise PlanError(
-                f"{path} is not a readable safetensors file ({_line(error)}); save the plan again"
+                f"{path} is not a readable safetensors file ({one_line(error)}); save the plan again"
             ) from error
         if not is_plan:
             raise PlanError(f"{path} holds no sims_lens plan; files are written by plan.save(path)")
@@ -479,7 +503,7 @@ class SteeringPlan:
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             return cls._from_header(json.loads(metadata[FORMAT]), tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
-            reason = _line(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {_line(error)}"
+            reason = one_line(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {one_line(error)}"
             raise PlanError(f"{path} is damaged or not of this format: {reason}") from error
 
     @classmethod
@@ -561,6 +585,12 @@ class SteeringPlan:
         )
 
 
+def _check_keys(by_layer: Mapping[Any, Any]) -> None:
+    for layer in by_layer:
+        if type(layer) is not int or layer < 0:
+            raise PlanError(f"layer must be an integer from 0 up, got {shown(layer)}")
+
+
 def _check_shapes(plan: SteeringPlan) -> None:
     """Raise :class:`PlanError` unless one model can fit all interventions: the one that the provenance describes."""
     n_layers, d_model = plan.provenance.n_layers, plan.provenance.d_model
@@ -591,13 +621,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         sha256.update(f"{name}{list(tensors[name].shape)}".encode())
         sha256.update(tensors[name].numpy().astype("<f4").tobytes())
     return sha256.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    """What an error says, as one line of a bearable length: parts of it may be a stranger's text."""
-    text = " ".join(str(error).split())
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return shown if len(shown) <= 300 else f"{shown[:300]}..."
 
 
 def _direction(i: Intervention) -> Float[Tensor, " d_model"]:

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sims_lens.checks import check_path
 from sims_lens.cost import JUDGING, Cost, judge_tokens, total
 from sims_lens.data import Sample
 from sims_lens.errors import RunError
@@ -60,7 +61,7 @@ def write_report(run: Run | str | Path, path: str | Path | None = None, *, analy
         raise RunError(f"analyses must be a list of results or figures, got a {type(analyses).__name__}; write [it]")
     if not isinstance(run, Run):
         run = open_run(run)
-    path = Path(path) if path is not None else run.path / "report.html"
+    path = check_path(path, RunError) if path is not None else run.path / "report.html"
     if path.is_dir():
         raise RunError(f"{path} is a folder; name a file, for instance {path / 'report.html'}")
     write_bytes(path, render(run, analyses).encode("utf-8", "replace"))

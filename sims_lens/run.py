@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sims_lens.auditing import Audit, PairAudit
 from sims_lens.bank import PairDiagnostics
+from sims_lens.checks import check_integer, check_path, shown
 from sims_lens.config import SIMSConfig
 from sims_lens.cost import Cost, cost_text
 from sims_lens.data import Sample, by_prompt
@@ -138,6 +139,7 @@ class Run:
 
     def before(self, iteration: int) -> SteeringPlan:
         """The plan that an iteration, counted from 1, drew its responses under."""
+        check_integer("iteration", iteration, 1, error=RunError)
         kept = [i for i in self.iterations[: iteration - 1] if i.kept]
         return kept[-1].plan if kept else NOTHING
 
@@ -185,9 +187,10 @@ class Run:
         store = RunStore(self.path)
         if iteration == 0 and split == "heldout":
             return store.folder("base").read_samples("heldout")
-        if not 1 <= iteration <= len(self.iterations) or split not in ("heldout", "train"):
+        known = type(iteration) is int and 1 <= iteration <= len(self.iterations)
+        if not known or split not in ("heldout", "train"):
             raise RunError(
-                f"there are no {split} samples of iteration {iteration}; "
+                f"there are no {split} samples of iteration {shown(iteration)}; "
                 f"finished iterations are 1..{len(self.iterations)}, splits are 'heldout' and 'train'"
             )
         tries = self.iterations[iteration - 1].tries
@@ -393,6 +396,7 @@ def open_run(path: str | Path) -> Run:
     Raises:
         RunError: there is no run, it is damaged, or a newer sims_lens wrote it.
     """
+    path = check_path(path, RunError)
     try:
         run = _opened(path)
         _check(run)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sims_lens.checks import check_choice
 from sims_lens.errors import PlanError
 
 TRACKER = "_sims_lens_tracker"
@@ -63,9 +64,7 @@ class TokenScope:
         """
         if isinstance(scope, TokenScope):
             return scope
-        if scope not in _NAMED:
-            raise PlanError(f"scope {scope!r} is not one of {', '.join(_NAMED)}")
-        return _NAMED[scope]
+        return _NAMED[check_choice("scope", scope, tuple(_NAMED), PlanError)]
 
     def __post_init__(self) -> None:
         if not (self.prompt or self.last_prompt or self.response):

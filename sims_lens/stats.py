@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import check_integer, check_seed, shown
+from sims_lens.errors import ConfigError
+
 CONFIDENCE = 0.95
 DRAWS = 2000
 FLIPS = 9999
@@ -45,9 +48,9 @@ class Interval:
         error = (self.high - self.low) / (2 * _Z_CONFIDENCE)
         return (_Z_CONFIDENCE + _Z_POWER) * error
 
-    def to_json(self) -> list[float]:
-        """``[estimate, low, high]``."""
-        return [self.estimate, self.low, self.high]
+    def to_json(self) -> list[float | None]:
+        """``[estimate, low, high]``; JSON has no numbers that are not finite, so those are null."""
+        return [value if math.isfinite(value) else None for value in (self.estimate, self.low, self.high)]
 
     def map(self, function: Callable[[float], float]) -> "Interval":
         """The interval of a monotone rising function of the quantity."""
@@ -61,8 +64,16 @@ def bootstrap_mean(values: Float[np.ndarray, " prompt"], *, seed: int = 0, draws
     between two plans on the same prompts, the paired one. It covers the choice of held-out prompts and their sampling;
     it does not cover the randomness of the fit: for that, see :func:`null_band`.
     """
-    rng = np.random.default_rng(seed)
-    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(check_seed(seed))
+    check_integer("draws", draws)
+    try:
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"values must be an array of numbers, one per prompt, got {shown(values)}") from None
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ConfigError(
+            f"values must be finite numbers, one per prompt and at least one, got {shown(values.tolist())}"
+        )
     drawn = values[rng.integers(0, len(values), size=(draws, len(values)))].mean(axis=1)
     return bca(float(values.mean()), drawn, values - values.mean())
 
@@ -248,9 +259,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def interval_from(data: Any) -> Interval:
-    """The inverse of :meth:`Interval.to_json`."""
+    """The inverse of :meth:`Interval.to_json`: null is not a number, or beside an estimate an end that is nowhere.
+
+    >>> interval_from([1.0, None, None]), interval_from([None, None, None])
+    (Interval(estimate=1.0, low=-inf, high=inf), Interval(estimate=nan, low=nan, high=nan))
+    """
     estimate, low, high = data
-    return Interval(float(estimate), float(low), float(high))
+    ends = (math.nan, math.nan) if estimate is None else (-math.inf, math.inf)
+    given = zip((estimate, low, high), (math.nan, *ends), strict=True)
+    return Interval(*(other if value is None else float(value) for value, other in given))
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from sims_lens.activations import KeptPairs, capture, capture_moments, capture_tokens
 from sims_lens.adapter import Adapter, adapt
+from sims_lens.checks import check_integer, check_path, check_seed
 from sims_lens.errors import FitError, PlanError
 from sims_lens.estimators import Estimator, FitQuality, MeanDifference, fit_layers, fit_quality, unit
-from sims_lens.estimators.base import check_means
+from sims_lens.estimators.base import check_estimator, check_means
 from sims_lens.estimators.quality import LEAST_PAIRS, divided, held_out, judged, unknown_quality
 from sims_lens.moments import PairMoments
 from sims_lens.plan import Intervention, Provenance, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import quote
 from sims_lens.scope import GENERATION, TokenScope
-from sims_lens.sites import check_layer
+from sims_lens.sites import check_layers, check_site
 from sims_lens.token_rows import Joined, Row, TokenRows
 from sims_lens.transforms import Addition, Transform
 
@@ -126,14 +127,15 @@ def fit_rows(
 ) -> "SteeringFit":
     """:func:`fit` for pairs that are token ids already: (prompt, response) of each positive and each negative."""
     estimator = MeanDifference() if estimator is None else estimator
+    check_estimator(estimator)
     adapter, scope = adapt(model), TokenScope.of(scope)
-    for layer in layers or ():
-        check_layer(layer, adapter.n_layers, adapter.name)
-    chosen = tuple(range(adapter.n_layers) if layers is None else dict.fromkeys(layers))
+    adapter.check_runs()
+    check_site(site)
+    check_seed(seed)
+    check_integer("batch_rows", batch_rows)
+    chosen = check_layers(layers, adapter.n_layers, adapter.name)
     if len(positive) != len(negative) or len(positive) < 2:
         raise FitError(f"{len(positive)} positive and {len(negative)} negative texts: give two pairs or more")
-    if not chosen:
-        raise FitError("layers is empty; name at least one, or leave it out for all of them")
     rows = Joined(positive, negative)
     passes = 2 if estimator.reads == "tokens" else 1
     with Progress(passes * len(rows), show=progress and len(rows) > _SHORT) as bar:
@@ -337,6 +339,7 @@ class SteeringFit:
         def worth(index: int) -> tuple[float, float]:
             return self.quality.accuracy[index].estimate, -abs(self.layers[index] - deep)
 
+        check_integer("count", count, 1, error=FitError)
         order = sorted(range(len(self.layers)), key=worth, reverse=True)
         return tuple(sorted(self.layers[index] for index in order[:count]))
 
@@ -422,11 +425,12 @@ def read_pairs(path: str | Path) -> list[tuple[str, str, str]]:
     Raises:
         FitError: the file can't be read, is of another kind, or a pair lacks a key; the message says in which line.
     """
-    path = Path(path)
+    path = check_path(path, FitError)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise FitError(f"{path} cannot be read as UTF-8 text ({error}); check the path") from error
+        why = getattr(error, "strerror", None) or getattr(error, "reason", "")
+        raise FitError(f"{path} cannot be read as UTF-8 text ({why}); check the path") from error
     try:
         if path.suffix.lower() == ".jsonl":
             items = [(n, json.loads(line)) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]

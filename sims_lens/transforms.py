@@ -34,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
+from sims_lens.checks import check_list, is_number, shown
 from sims_lens.errors import PlanError
 
 Stream: TypeAlias = Float[Tensor, "batch pos d_model"]
@@ -279,7 +280,8 @@ class HPR(_Directed):
         probe = checked_vector(self.probe, "the probe of an HPR")
         unit_direction(probe, "the probe of an HPR")
         object.__setattr__(self, "probe", probe)
-        weights, biases = tuple(self.weights), tuple(self.biases)
+        weights = tuple(check_list("the weights of an HPR", self.weights, "(weight,)", PlanError))
+        biases = tuple(check_list("the biases of an HPR", self.biases, "(bias,)", PlanError))
         if not weights or len(weights) != len(biases):
             raise PlanError(f"an HPR needs one bias per weight, got {len(weights)} weights and {len(biases)} biases")
         width = len(probe)
@@ -434,6 +436,9 @@ def checked_tensor(tensor: Tensor, what: str) -> Tensor:
         raise PlanError(f"{what} must be a torch tensor, got {type(tensor).__name__}; use torch.tensor(...)")
     if not tensor.is_floating_point():
         raise PlanError(f"{what} must hold floats, got {tensor.dtype}; use .float()")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kept = "the meta device" if tensor.is_meta else str(tensor.layout)
+        raise PlanError(f"{what} is a tensor in {kept}, so its values can't be read; give a dense tensor with values")
     copied = tensor.to(dtype=torch.float32, device="cpu", copy=True)
     if not bool(torch.isfinite(copied).all()):  # after the cast: float64 holds what float32 can't
         count = int((~torch.isfinite(copied)).sum())
@@ -471,8 +476,8 @@ def unit_direction(vector: Tensor, what: str) -> Float[Tensor, " d_model"]:
 
 
 def _finite(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise PlanError(f"{what} must be a finite number, got {value!r}")
+    if not is_number(value):
+        raise PlanError(f"{what} must be a finite number, got {shown(value)}")
     return float(value)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(sims_lens.__file__).parent
 # What docs/architecture.md draws: a module imports only from levels below its own, or beside it in its own folder.
 LEVELS = {
     0: ["errors", "sites", "scope", "data", "config", "cost", "stats", "progress", "terminal", "token_rows", "typed"]
-    + ["files", "holders", "client"]
+    + ["checks", "files", "holders", "client"]
     + ["estimators", "prompts", "transforms"],
     1: ["plan", "contrast", "store", "moments", "guard", "planning"],
     2: ["adapter", "bank", "selection", "hub"],

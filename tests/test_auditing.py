@@ -306,7 +306,9 @@ def test_errors_name_the_value_and_the_remedy() -> None:
         audit(oracle, prompts, responses[1:])
     with pytest.raises(PromptError, match="not a list of strings"):
         audit(oracle, prompts, ["one", *responses[1:]])
-    with pytest.raises(ConfigError, match="repeats = 0"):
+    with pytest.raises(
+        ConfigError, match="repeats, how often the ranker is asked, must be an integer of at least 1, got 0"
+    ):
         audit(oracle, prompts, responses, repeats=0)
     with pytest.raises(RankerError, match="not finite"):
         audit(lambda prompt, group: [math.nan] * len(group), prompts, responses)

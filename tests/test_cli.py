@@ -197,7 +197,7 @@ def test_what_fit_cannot_use(fitted: Path, model: str, capsys: pytest.CaptureFix
     pairs = str(fitted.with_name("pairs.jsonl"))
     for given, message in (
         (["--pairs", "missing.jsonl", "--out", "p"], "missing.jsonl cannot be read"),
-        (["--pairs", pairs, "--out", "nowhere/p"], "folder nowhere does not exist"),
+        (["--pairs", pairs, "--out", "nowhere/p"], "folder nowhere of --out nowhere/p does not exist"),
         (["--pairs", pairs, "--out", "p", "--estimator", "magic"], "estimator 'magic' is not one of mean_difference"),
         (["--pairs", pairs, "--out", "p", "--scope", "some"], "scope 'some' is not one of"),
         (["--pairs", pairs, "--out", str(fitted), "--layers", "9"], "layer 9 was not fitted"),

@@ -361,7 +361,7 @@ def test_options_are_checked(unchecked: None) -> None:
     for l2 in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match="l2 must be a positive number"):
             LogisticProbe(l2=l2)
-    with pytest.raises(FitError, match="folds must be at least 2, got 1"):
+    with pytest.raises(FitError, match="folds must be an integer of at least 2, got 1"):
         fit_quality(MeanDifference(), *planted(pairs=10)[:2], folds=1)
 
 

@@ -233,8 +233,8 @@ def test_the_packaged_data_are_sound() -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_evaluated(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
-        ({"limit": 0}, "limit = 0: at least one document"),
-        ({"shots": -1}, "shots = -1"),
+        ({"limit": 0}, "limit, the documents of each task .* must be an integer of at least 1, got 0"),
+        ({"shots": -1}, "shots, .* must be an integer from 0 up, got -1"),
         ({"tasks": []}, r"there are no tasks; give names, for instance \['sims_plain_facts'"),
     ):
         with pytest.raises(CapabilityError, match=message):

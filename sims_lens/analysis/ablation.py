@@ -25,6 +25,7 @@ from sims_lens.activations import capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.behaviour import Behaviour, PairBehaviour, TextPair, encode_pairs
+from sims_lens.checks import check_integer, shown
 from sims_lens.errors import ConfigError, PlanError, RunError
 from sims_lens.estimators import unit
 from sims_lens.forced import ForcedBatch, force
@@ -721,7 +722,10 @@ def ablation_plan(
         PlanError: the direction is zero or not finite.
     """
     ablate = Ablation(direction)
+    check_integer("n_layers", n_layers, error=PlanError)
     if where is not None:
+        if not isinstance(where, tuple) or len(where) != 2:
+            raise PlanError(f"where must be (layer, site), such as (17, 'resid_post'), got {shown(where)}")
         return SteeringPlan.of({where[0]: ablate}, site=where[1], scope=scope)
     plan = SteeringPlan.of({0: ablate}, site="resid_pre", scope=scope)
     for site in ("attn_out", "mlp_out"):
@@ -772,6 +776,8 @@ def _matched(
 
 def _one_direction(source: object, layer: int | None) -> tuple[Directions, int]:
     several = directions_of(source)
+    if not several:
+        raise PlanError(f"the source has no directions: {shown(source)}")
     if len(several) > 1 and not isinstance(source, Run):
         raise PlanError(f"one direction is ablated at a time; name one of {', '.join(d.name for d in several)}")
     found = several[-1]

@@ -12,10 +12,11 @@ from sims_lens.activations import capture_tokens
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions
 from sims_lens.analysis.norms import SeenBatch, StreamText, encode_texts, read_stream, scope_for
+from sims_lens.checks import check_integer, check_list, check_seed
 from sims_lens.errors import ConfigError, PromptError
 from sims_lens.prompts import quote
 from sims_lens.scope import TokenScope
-from sims_lens.sites import check_layer
+from sims_lens.sites import check_layers
 
 _DRAWS = 100
 
@@ -45,6 +46,8 @@ def stream_directions(
     Raises:
         PromptError: there are no texts, or fewer than two tokens in them.
     """
+    check_integer("draws", draws)
+    check_seed(seed)
     adapter = adapt(model)
     rows, _ = encode_texts(adapter, texts)
     weighted = torch.zeros(adapter.n_layers, draws, adapter.d_model, dtype=torch.float64)
@@ -103,10 +106,10 @@ def model_axes(
     """
     if isinstance(tokens, str):
         raise ConfigError(f"tokens must be a list, such as [{tokens!r}], got {tokens!r}")
+    check_list("tokens", tokens, "[' yes']")
+    check_integer("components", components, 0)
     adapter = adapt(model)
-    chosen = tuple(range(adapter.n_layers) if layers is None else sorted(set(layers)))
-    for layer in chosen:
-        check_layer(layer, adapter.n_layers, adapter.name)
+    chosen = tuple(sorted(check_layers(layers, adapter.n_layers, adapter.name)))
     rows, _ = encode_texts(adapter, texts)
     scope = scope_for(rows, None)
     read = capture_tokens(model, rows, layers=chosen, site=site, scope=scope)
@@ -141,6 +144,8 @@ def unembedding(model: Any, token: int) -> Float[Tensor, " d_model"]:
         token: its id.
     """
     adapter = adapt(model)
+    adapter.check_runs()
+    check_integer("token", token, 0, int(adapter.cfg.d_vocab) - 1)
     with torch.inference_mode():
         columns = model.W_U.detach().float().cpu()
         direction: Tensor = columns[:, token] - columns.mean(1)

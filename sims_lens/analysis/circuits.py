@@ -50,6 +50,7 @@ from sims_lens.analysis.patching import (
     unembedding_without,
 )
 from sims_lens.behaviour import PairBehaviour, TextPair
+from sims_lens.checks import check_seed
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.forced import ForcedBatch, force
 from sims_lens.hooks import check_unsteered, resolve, steering
@@ -388,6 +389,7 @@ class _Study:
     """What both analyses do with their batches."""
 
     def __init__(self, model: Any, plan: SteeringPlan, pairs: Any, exact: str | int, seed: int) -> None:
+        check_seed(seed)
         if not isinstance(pairs, PairBehaviour):
             if not isinstance(pairs, Sequence) or isinstance(pairs, str):
                 raise ConfigError(
@@ -513,7 +515,7 @@ class _Study:
 
 def _resampled(pairs: int, seed: int) -> Float[np.ndarray, "draw pair"]:
     """How often each pair is drawn, over the number of pairs; the first row is the sample itself."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     drawn = rng.multinomial(pairs, [1 / pairs] * pairs, size=DRAWS) / pairs
     return np.concatenate([np.full((1, pairs), 1 / pairs), drawn])
 
@@ -567,7 +569,9 @@ def _signed(interval: Interval) -> str:
 
 
 def _percent(interval: Interval, *, ends: bool = True) -> str:
-    estimate, low, high = (f"{round(value, 2) + 0.0:.0%}" for value in interval.to_json())  # + 0.0: no "-0%"
+    estimate, low, high = (
+        f"{round(value, 2) + 0.0:.0%}" for value in (interval.estimate, interval.low, interval.high)
+    )  # + 0.0: no "-0%"
     return f"{estimate} [{low}, {high}]" if ends else estimate
 
 

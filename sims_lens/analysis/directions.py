@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.checks import check_dimensions, check_integer, check_list
 from sims_lens.errors import PlanError
 from sims_lens.plan import SteeringPlan
 from sims_lens.run import Run
@@ -42,6 +43,9 @@ class Directions:
 
     def __post_init__(self) -> None:
         check_site(self.site)
+        check_dimensions(f"the vectors of {self.name}", self.vectors, 2, PlanError)
+        for layer in check_list("layers", self.layers, "(17,)", PlanError):
+            check_integer("a layer", layer, 0, error=PlanError)
         if len(self.layers) != len(self.vectors) or sorted(set(self.layers)) != list(self.layers):
             raise PlanError(f"{self.name}: layers must be ascending, one per vector; got {list(self.layers)}")
         if not len(self.layers):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from torch.nn.functional import cosine_similarity
 
+from sims_lens.checks import check_mapping, check_seed
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import ConfigError
@@ -141,6 +142,9 @@ def interaction(
         PlanError: a plan does not fit the model, or plans were made for different models.
     """
     check_unsteered(model)
+    check_mapping("plans", plans, "{'a': plan, 'b': other}")
+    check_mapping("rankers", rankers, "{'cheerful': sims.Vader()}")
+    check_seed(seed)
     if len(plans) < 2 or TOGETHER in plans:
         raise ConfigError(f"give two or more plans by name, none of them called {TOGETHER!r}; got {sorted(plans)}")
     if not rankers:

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt
+from sims_lens.checks import shown
 from sims_lens.errors import ConfigError, ModelError, PromptError
 from sims_lens.hooks import check_unsteered, resolve, steering
 from sims_lens.plan import NOTHING, SteeringPlan
@@ -547,11 +548,13 @@ def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
 
 def _encoded(adapter: Adapter, text: str | tuple[str, str]) -> tuple[list[int], int]:
     """Token ids, and how many of them are the prompt's."""
+    if not (isinstance(text, str) or (isinstance(text, tuple) and [isinstance(t, str) for t in text] == [True, True])):
+        raise PromptError(f"a text is a prompt or (prompt, response), got {shown(text)}")
     prompt, response = (text, "") if isinstance(text, str) else text
     ids = adapter.encode(prompt)
     whole = ids + (adapter.encode_response(response) if response else [])
     if len(whole) > adapter.n_ctx:
-        raise PromptError(f"the text has {len(whole)} tokens, the context {adapter.n_ctx}: shorten it")
+        raise PromptError(f"the text has {len(whole)} tokens, the context {adapter.n_ctx}: shorten {shown(text)}")
     return whole, len(ids)
 
 

@@ -478,12 +478,12 @@ def encode_texts(adapter: Adapter, texts: Sequence[StreamText] | None) -> tuple[
         PromptError: there are none, one is no text or no pair of texts, empty, or longer than the context.
     """
     texts = everyday(_EVERYDAY) if texts is None else texts
-    if isinstance(texts, str) or not len(texts):
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence) or not len(texts):
         raise PromptError(f"texts must be a list of prompts or of (prompt, response) pairs, got {quote(repr(texts))}")
     rows: list[Row] = []
     groups = []
     for index, text in enumerate(texts):
-        parts = (text,) if isinstance(text, str) else tuple(text)
+        parts = (text,) if isinstance(text, str) or not isinstance(text, (tuple, list)) else tuple(text)
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
             raise PromptError(f"text {index} is {quote(repr(text))}; give a prompt, or (prompt, response)")
         if not any(part.strip() for part in parts):

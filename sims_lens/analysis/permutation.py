@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sims_lens.activations import Row, capture
 from sims_lens.adapter import adapt
-from sims_lens.behaviour import TextPair, encode_pairs
+from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
+from sims_lens.checks import check_dimensions, check_kind, check_list, check_seed, shown
 from sims_lens.errors import ConfigError, FitError, PromptError, RunError
 from sims_lens.estimators import unit
 from sims_lens.hooks import steering
@@ -87,6 +88,9 @@ def permutation_p(
 
     Reference: Phipson & Smyth 2010, "Permutation p-values should never be zero"; Holm 1979.
     """
+    check_dimensions("differences", differences, 3, FitError)
+    check_dimensions("reference", reference, 2, FitError)
+    check_seed(seed)
     if len(differences) < 1 or differences.shape[1:] != reference.shape:
         raise FitError(
             f"differences [pair, layer, d_model] and a reference [layer, d_model] are needed; got "
@@ -128,8 +132,13 @@ def pair_differences(
     Raises:
         PromptError: there are no pairs, or a text is longer than the context.
     """
+    if not isinstance(pairs, PairBehaviour):
+        check_list("pairs", pairs, "[('Say a.', 'better', 'worse')]", PromptError)
     if not pairs:
-        raise PromptError("there are no pairs; give (prompt, better text, worse text)")
+        raise PromptError(f"there are no pairs, {pairs!r}; give (prompt, better text, worse text)")
+    for index, pair in enumerate(pairs := getattr(pairs, "pairs", pairs)):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(text, str) for text in pair)):
+            raise PromptError(f"pair {index} is not (prompt, better text, worse text): {shown(pair)}")
     prompts, texts = encode_pairs(adapt(model), pairs)
     rows = [(prompts[prompt], texts[text]) for prompt, *both in pairs for text in both]
     means = capture(model, rows, site=site, scope=scope, batch_rows=batch_rows).means
@@ -148,7 +157,8 @@ def run_differences(model: Any, run: Run, iteration: int) -> Float[Tensor, "pair
     Raises:
         RunError: there is no such iteration, or the mean of what was read is not what the run has.
     """
-    if isinstance(iteration, bool) or not 1 <= iteration <= len(run.iterations):
+    check_kind("run", run, Run, "open one with sims_lens.open_run(path)", RunError)
+    if type(iteration) is not int or not 1 <= iteration <= len(run.iterations):
         raise RunError(f"iteration {iteration!r} is not one of the finished ones, 1..{len(run.iterations)}")
     adapter, turn = adapt(model), run.iterations[iteration - 1]
     if (adapter.n_layers, adapter.d_model) != tuple(turn.vectors.shape):

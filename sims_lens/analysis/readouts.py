@@ -37,6 +37,7 @@ from sims_lens.activations import capture_tokens, residual_norms
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.tokens import check_width, spell, visible
+from sims_lens.checks import check_dimensions, check_seed
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError
 from sims_lens.forced import ForcedBatch, force
 from sims_lens.hooks import check_unsteered, steering
@@ -44,6 +45,7 @@ from sims_lens.plan import SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import quote
 from sims_lens.run import Run
+from sims_lens.sites import check_layers
 from sims_lens.stats import CONFIDENCE, Interval
 from sims_lens.transforms import unit_direction
 
@@ -349,6 +351,10 @@ def logit_effects(model: Any, vectors: Float[Tensor, "direction d_model"]) -> Fl
         PlanError: a direction is zero, or the final norm leaves nothing of it.
     """
     adapter = adapt(model)
+    adapter.check_runs()
+    check_dimensions("vectors", vectors, 2, PlanError)
+    if vectors.shape[1] != adapter.d_model:
+        raise PlanError(f"vectors have {vectors.shape[1]} entries each, {adapter.name} has d_model = {adapter.d_model}")
     width = min(int(adapter.cfg.d_vocab), len(adapter.tokenizer))
     dtype = next(model.parameters()).dtype
     found = torch.empty(len(vectors), width)
@@ -434,6 +440,8 @@ def readout(
         raise ConfigError(f"top must be an integer in 1..{vocabulary // 2}, got {top!r}")
     if isinstance(coefficient, bool) or not (isinstance(coefficient, (int, float)) and 0 < coefficient < math.inf):
         raise ConfigError(f"coefficient must be a number above 0, got {coefficient!r}")
+    check_seed(seed)
+    layers = None if layers is None else check_layers(layers, adapter.n_layers, adapter.name)
     sources = tuple(_restricted(d, layers) for d in directions_of(source))
     for directions in sources:
         check_width(adapter, directions)
@@ -481,7 +489,7 @@ def _restricted(found: Directions, layers: Sequence[int] | None) -> Directions:
     """The directions at some layers; their shuffled fits too."""
     if layers is None:
         return found
-    chosen = tuple(sorted(set(layers)))
+    chosen = tuple(sorted(layers))
     if not chosen:
         raise ConfigError("layers is empty; give some, or None for all of them")
     vectors = torch.stack([found.at(layer) for layer in chosen])
@@ -590,7 +598,7 @@ def _extremes(
 
 
 def _encoded(adapter: Adapter, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    if isinstance(texts, str) or not len(texts):
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Sequence) or not len(texts):
         raise PromptError(f"texts must be [(prompt, response), ...], got {quote(repr(texts))}")
     for index, text in enumerate(texts):
         if not (isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(t, str) for t in text)):

@@ -23,6 +23,16 @@ from sims_lens.analysis.axes import stream_directions
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.analysis.norms import check_fit, counted
 from sims_lens.analysis.permutation import PermutationTest, permutation_p, run_differences, tested
+from sims_lens.checks import (
+    check_dimensions,
+    check_integer,
+    check_kind,
+    check_list,
+    check_mapping,
+    check_number,
+    check_seed,
+    shown,
+)
 from sims_lens.errors import ConfigError, PlanError
 from sims_lens.estimators import unit
 from sims_lens.hooks import check_unsteered
@@ -585,6 +595,14 @@ def direction_similarity(
         check_unsteered(model)
     if type(permutations) is not int or permutations < 0:
         raise ConfigError(f"permutations must be an integer from 0 up, got {permutations!r}")
+    if layers is not None:
+        for layer in check_list("layers", layers, "[17]", PlanError):
+            check_integer("a layer", layer, 0, error=PlanError)
+    check_seed(seed)
+    if differences is not None:
+        check_mapping("differences", differences or {"": 0}, "{'plan': rows}")
+        for rows in differences.values():
+            check_kind("differences", rows, Tensor, "give [pair, layer, d_model]")
     ours, theirs = directions_of(source), () if other is None else directions_of(other)
     taken = {d.name for d in ours}
     theirs = tuple(replace(d, name=f"{d.name} (other)") if d.name in taken else d for d in theirs)
@@ -653,6 +671,8 @@ def random_cosine(d_model: int, share: float = _SHARE) -> float:
     >>> round(random_cosine(576), 4)  # scipy.special.betaincinv(0.5, 287.5, 0.95) ** 0.5
     0.0816
     """
+    check_integer("d_model", d_model)
+    check_number("share", share, 0.0, 1.0)
     if d_model < 2:
         return 1.0
     elevation = torch.linspace(0.0, min(math.pi / 2, 12 / math.sqrt(d_model)), 20_001, dtype=torch.float64)
@@ -684,6 +704,10 @@ def ceiling(first: Float[Tensor, " layer"], second: Float[Tensor, " layer"]) -> 
     >>> ceiling(torch.tensor([0.5]), torch.tensor([0.5])).item()  # doctest: +ELLIPSIS
     0.6666...
     """
+    for name, values in (("first", first), ("second", second)):
+        check_dimensions(name, values, 1)
+    if len(first) != len(second):
+        raise ConfigError(f"first and second must have a value for each layer, got {len(first)} and {len(second)}")
     h = torch.stack([first, second]).float()
     reliability = 2 * h.clamp(min=0) / (1 + h.clamp(min=0))
     product_of = torch.where(h.isnan(), 1.0, reliability).prod(0).sqrt()
@@ -694,6 +718,12 @@ def principal_angles(
     first: Float[Tensor, "rank d_model"], second: Float[Tensor, "other_rank d_model"]
 ) -> Float[Tensor, " angle"]:
     """Angles in degrees between the subspaces of two orthonormal bases, smallest first."""
+    for name, basis in (("first", first), ("second", second)):
+        check_dimensions(name, basis, 2, PlanError)
+        if not bool(basis.isfinite().all()):
+            raise PlanError(f"{name} has entries that are NaN or infinite: {shown(basis)}")
+    if first.shape[1] != second.shape[1]:
+        raise PlanError(f"both bases must have one d_model, got {first.shape[1]} and {second.shape[1]}")
     small, large = sorted((first.double(), second.double()), key=len)
     left, cosines, _ = torch.linalg.svd(small @ large.T, full_matrices=False)
     # Small angles by their sines: a cosine near 1 says little about its angle.

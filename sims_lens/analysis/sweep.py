@@ -13,6 +13,7 @@ import hashlib
 import html
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +31,8 @@ from torch import Tensor
 from sims_lens.adapter import adapt, check_lengths
 from sims_lens.analysis.directions import Directions, directions_of
 from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
-from sims_lens.calibration import FluencyBudget
+from sims_lens.calibration import FluencyBudget, unlimited
+from sims_lens.checks import check_folder, shown
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import ConfigError, PlanError, RankerError, ResultError, RunError
@@ -261,7 +263,7 @@ class LayerSweep:
         """A plain dict without the plans, which ``sweep.steering.save(path)`` writes."""
         skipped = ("budget", "cells", "steering")
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in skipped}
-        return {**plain, "budget": asdict(self.budget), "cells": [cell.to_json() for cell in self.cells]}
+        return {**plain, "budget": self.budget.to_json(), "cells": [cell.to_json() for cell in self.cells]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], *, plan: SteeringPlan | None = None) -> "LayerSweep":
@@ -274,7 +276,7 @@ class LayerSweep:
         Raises:
             ResultError: it is no such thing.
         """
-        found: LayerSweep = read_as(cls, {**known_fields(cls, data), "steering": None})
+        found: LayerSweep = read_as(cls, {**unlimited(known_fields(cls, data)), "steering": None})
         for panel in found.panels:
             cells = {(c.layer, c.coefficient) for c in found.cells if (c.direction, c.site) == panel}
             if len(cells) < len({layer for layer, _ in cells}) * len({coefficient for _, coefficient in cells}):
@@ -450,12 +452,12 @@ def layer_sweep(
             "coefficients": list(grid),
             "units": units,
             "scope": steered.name,
-            "budget": asdict(limits),
+            "budget": limits.to_json(),
             "adaptive": adaptive,
             "seed": seed,
             **bench.settings(),
         }
-    ledger = _Ledger(None if out is None else Path(out), json.loads(json.dumps(settings)))
+    ledger = _Ledger(None if out is None else check_folder(out, RunError), json.loads(json.dumps(settings)))
     plan = ledger.steering(lambda: resolve(model, plan), plan)
     bench.ledger = ledger
     race = _Race(places, list(product(range(len(places)), [c for c in grid if c])), bench.prompt_of, limits)
@@ -492,11 +494,14 @@ def _listed(value: Any, name: str, example: str) -> list[Any]:
     return list(found)
 
 
+_LARGEST = sys.float_info.max
+
+
 def _checked_coefficients(coefficients: Any) -> tuple[float, ...]:
     grid = _listed(coefficients, "coefficients", "[0.1, 0.2]")
     for value in grid:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ConfigError(f"a coefficient must be a finite number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+            raise ConfigError(f"a coefficient must be a finite number, got {shown(value)}")
     if not any(grid) or len(set(grid)) < len(grid):
         raise ConfigError(f"coefficients must be different numbers, such as {COEFFICIENTS}, got {coefficients!r}")
     return tuple(sorted(float(value) for value in grid))

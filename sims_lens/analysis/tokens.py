@@ -14,8 +14,9 @@ from torch import Tensor
 from sims_lens.activations import capture_tokens, residual_norms
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.analysis.directions import Directions, directions_of
+from sims_lens.checks import shown
 from sims_lens.errors import PlanError, PromptError
-from sims_lens.hooks import check_unsteered, steering
+from sims_lens.hooks import check_plan, check_unsteered, steering
 from sims_lens.plan import SteeringPlan
 from sims_lens.prompts import quote
 from sims_lens.run import Run
@@ -328,6 +329,8 @@ def token_scores(
         found = Directions(found.name, (layer,), vector[None], found.site, residual_norm=known)
     check_width(adapter, found)
     row = _encoded(adapter, text)
+    if plan is not None:
+        check_plan(plan)
     if plan is None:
         plan = source.plan if isinstance(source, Run) else source if isinstance(source, SteeringPlan) else None
     pairs = zip(found.layers, found.vectors, strict=True)
@@ -373,6 +376,8 @@ def check_width(adapter: Adapter, found: Directions) -> None:
 
 def _one(source: Any) -> Directions:
     several = directions_of(source)
+    if not several:
+        raise PlanError(f"the source has no directions: {shown(source)}")
     if len(several) > 1 and not isinstance(source, Run):
         names = ", ".join(d.name for d in several)
         raise PlanError(f"token scores need one set of directions, the source has {len(several)} ({names}): pass one")
@@ -388,7 +393,8 @@ def _encoded(adapter: Adapter, text: Text) -> tuple[list[int], list[int]]:
             raise PromptError(f"the {what} is {given!r}: it has no tokens to score; give one with text in it")
     row = adapter.encode(prompt), [] if response is None else adapter.encode_response(response)
     if len(row[0]) + len(row[1]) > adapter.n_ctx:
-        raise PromptError(f"the text has {len(row[0]) + len(row[1])} tokens, the context {adapter.n_ctx}: shorten it")
+        length = len(row[0]) + len(row[1])
+        raise PromptError(f"the text has {length} tokens, the context {adapter.n_ctx}: shorten {shown(text)}")
     return row
 
 

@@ -18,9 +18,10 @@ from sims_lens.auditing.agreement import (
 from sims_lens.auditing.ask import Asker
 from sims_lens.auditing.known_answers import known_pairs
 from sims_lens.auditing.result import MEASURES, Audit, MarginBand, PairAudit
+from sims_lens.checks import check_integer, check_list, check_seed, shown
 from sims_lens.contrast import length_gap
 from sims_lens.data import ContrastPair
-from sims_lens.errors import ConfigError, PromptError
+from sims_lens.errors import PromptError
 from sims_lens.prompts import check_prompts, quote
 from sims_lens.stats import Interval, bootstrap_mean
 
@@ -76,8 +77,8 @@ def audit(
     """
     texts = check_prompts(prompts)
     groups = _distinct(texts, responses)
-    if repeats < 1:
-        raise ConfigError(f"repeats = {repeats}: the ranker has to be asked once at least, and twice for its stability")
+    check_integer("repeats, how often the ranker is asked,", repeats)
+    check_seed(seed)
     asker, compared = Asker(ranker), None if reference is None else Asker(reference)
     items = [(text, group) for text, group in zip(texts, groups, strict=True) if len(group) > 1]
     size = [len(group) - 1 for _, group in items]
@@ -158,11 +159,14 @@ def audit_pairs(
 
 
 def _distinct(prompts: Sequence[str], responses: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    if isinstance(responses, str) or len(responses) != len(prompts):
+    check_list("responses", responses, "[['yes', 'no']]", PromptError)
+    if len(responses) != len(prompts):
         raise PromptError(f"{len(responses)} lists of responses for {len(prompts)} prompts; give one list for each")
     for prompt, group in zip(prompts, responses, strict=True):
-        if isinstance(group, str) or not all(isinstance(text, str) for text in group):
-            raise PromptError(f"the responses to the prompt {quote(prompt)} are not a list of strings; give a list")
+        if isinstance(group, str) or not isinstance(group, Sequence) or not all(isinstance(t, str) for t in group):
+            raise PromptError(
+                f"the responses to the prompt {quote(prompt)} are not a list of strings; give one, got {shown(group)}"
+            )
     return [tuple(dict.fromkeys(group)) for group in responses]
 
 

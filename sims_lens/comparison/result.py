@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import check_path
 from sims_lens.cost import flops_text
 from sims_lens.errors import RunError
 from sims_lens.stats import Crossed, Interval, crossed_mean, null_band, win_probability
@@ -340,7 +341,7 @@ def open_comparison(path: str | Path) -> Comparison:
     Raises:
         RunError: there is none, or it is damaged.
     """
-    file = Path(path)
+    file = check_path(path, RunError)
     file = file / "comparison.json" if file.is_dir() else file
     data = read_json(file)
     if not isinstance(data, dict) or data.get("format") != FORMAT:

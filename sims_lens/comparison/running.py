@@ -35,14 +35,16 @@ import torch
 from jaxtyping import Float
 
 from sims_lens.bank import MemoryBank, select_pairs
+from sims_lens.checks import check_folder, check_kind, check_list, check_seed
 from sims_lens.comparison.choosing import best_of, rejection
 from sims_lens.comparison.result import Comparison, Method, Spent
 from sims_lens.config import GuardConfig, SIMSConfig
 from sims_lens.cost import Cost, TokenCount, forced_count
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import ConfigError
+from sims_lens.errors import ConfigError, RunError
 from sims_lens.evaluate import distinct_2, evaluate, score_changes
 from sims_lens.guard import best_iteration
+from sims_lens.hooks import check_unsteered
 from sims_lens.iteration import compose, fit_contrast
 from sims_lens.loop import improve
 from sims_lens.plan import NOTHING, SteeringPlan
@@ -102,13 +104,15 @@ def compare(
     >>> round(best_of_kl(2), 2)  # nats that choosing the better of two responses takes
     0.19
     """
-    config = config or SIMSConfig(guard=GuardConfig(mode="report"))
-    numbers = tuple(seeds)
+    check_unsteered(model)
+    config = SIMSConfig(guard=GuardConfig(mode="report")) if config is None else config
+    check_kind("config", config, SIMSConfig, "make one, as SIMSConfig(iterations=3)")
+    numbers = tuple(check_seed(seed, "a seed") for seed in check_list("seeds", seeds, "[0, 1, 2]"))
     if not numbers or len(set(numbers)) < len(numbers):
         raise ConfigError(f"seeds must be distinct numbers, at least one, got {quote(repr(seeds))}")
     if not isinstance(instruction, str) or (instruction and not instruction.strip()):
         raise ConfigError(f'the instruction must be a text such as "Be cheerful.", got {instruction!r}')
-    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="sims-comparison-"))
+    folder = check_folder(out, RunError) if out is not None else Path(tempfile.mkdtemp(prefix="sims-comparison-"))
     shares = config.evaluation
     split_seed = config.seed if shares.split_seed is None else shares.split_seed
     benches = []

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sims_lens.checks import shown
 from sims_lens.errors import FitError
 from sims_lens.transforms import Addition, Transform
 
@@ -99,11 +100,23 @@ def fit_layers(
     Raises:
         FitError: the activations can't be fitted; see :func:`checked`.
     """
+    check_estimator(estimator)
     at_once: Callable[[Tensor, Tensor], tuple[Transform, ...]] | None = getattr(estimator, "fit_layers", None)
     if at_once is not None:
         return tuple(at_once(positive, negative))
     positive, negative = checked(positive, negative, paired=getattr(estimator, "paired", True))
     return tuple(estimator.fit(p, n) for p, n in zip(positive.unbind(1), negative.unbind(1), strict=True))
+
+
+def check_estimator(estimator: object) -> None:
+    """Raise :class:`FitError` unless something can fit: an object, not its class or its name."""
+    if isinstance(estimator, type):
+        raise FitError(f"the estimator {estimator.__name__} is a class; give an object of it, {estimator.__name__}()")
+    if not isinstance(estimator, Estimator):
+        raise FitError(
+            f"an estimator has a name, reads and fit(positive, negative), as sims_lens.MeanDifference() has; "
+            f"{shown(estimator)} has not"
+        )
 
 
 def checked(
@@ -126,6 +139,8 @@ def checked(
         if not isinstance(rows, Tensor) or not rows.is_floating_point():
             got = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
             raise FitError(f"{what} activations must be a tensor of floats, got {got}")
+        if rows.is_meta:
+            raise FitError(f"{what} activations are on the meta device and hold no values; capture them on another")
         if rows.ndim != dimensions or rows[0:1].numel() == 0:
             raise FitError(f"{what} activations must have shape {wanted}, got {list(rows.shape)}")
     shapes = f"got {list(positive.shape)} positive and {list(negative.shape)} negative"

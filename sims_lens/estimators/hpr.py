@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cosine_similarity, gelu
 
+from sims_lens.checks import check_integer, check_seed, is_number, shown
 from sims_lens.errors import ConfigError, FitError
 from sims_lens.transforms import HPR
 
@@ -97,13 +98,13 @@ class HouseholderRotation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"learning_rate must be a positive number, got {self.learning_rate!r}")
-        if not 0 < self.validation_share < 1:
-            raise ConfigError(f"validation_share must be between 0 and 1, got {self.validation_share!r}")
+        if not is_number(self.learning_rate) or not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be a positive number, got {shown(self.learning_rate)}")
+        if not is_number(self.validation_share) or not 0 < self.validation_share < 1:
+            raise ConfigError(f"validation_share must be between 0 and 1, got {shown(self.validation_share)}")
         for name in ("epochs", "batch_size"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value!r}")
+            check_integer(name, getattr(self, name))
+        check_seed(self.seed)
 
     def fit(self, positive: Float[Tensor, "pair d_model"], negative: Float[Tensor, "pair d_model"]) -> HPR:
         """The transform of one layer; see :meth:`fit_report`."""

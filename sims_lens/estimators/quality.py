@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sims_lens.checks import check_integer, check_seed
 from sims_lens.errors import FitError
 from sims_lens.estimators.base import Estimator, checked, fit_layers
 from sims_lens.stats import Interval
@@ -205,8 +206,8 @@ def held_out(
         folds: how many; fewer where a fold would hold less than two pairs.
         splits: random halvings for ``split_half``; without any it is NaN.
     """
-    if folds < 2:
-        raise FitError(f"folds must be at least 2, got {folds}")
+    check_integer("folds", folds, 2, error=FitError)
+    check_seed(seed)
     pairs = len(positive)
     length = tuple(_length(transform) for transform in fitted)
     if pairs < LEAST_PAIRS:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, left_pad
+from sims_lens.checks import check_number, check_path
 from sims_lens.errors import ExportError
 from sims_lens.hooks import resolve, steering
 from sims_lens.plan import NOTHING, Intervention, SteeringPlan
@@ -86,6 +87,7 @@ def prepare(model: Any, plan: SteeringPlan) -> SteeringPlan:
         ExportError: it is empty, or another plan is attached to the model.
         PlanError: it doesn't fit the model.
     """
+    adapt(model).check_runs()
     if TRACKER in model.__dict__:
         raise ExportError("another plan is attached to this model; detach it, or export the sum of the two plans")
     plan = resolve(model, plan)
@@ -182,6 +184,7 @@ def refuse_losses(model: Any, native: Reference, nearest: Nearest, what: str) ->
 
 def accept(error: float, tolerance: float, what: str) -> None:
     """Raise :class:`ExportError` unless a measured difference is within the tolerance."""
+    check_number("tolerance", tolerance, 0.0, error=ExportError)
     if not error <= tolerance:  # so that NaN is refused too
         raise ExportError(
             f"a {what} was not made: read back, it differs by up to {error:.2g} from the steered model's logits, more "
@@ -190,14 +193,16 @@ def accept(error: float, tolerance: float, what: str) -> None:
 
 
 def writable(path: str | Path) -> Path:
-    """The path, if its folder exists.
+    """The path, if its folder exists and it is none itself.
 
     Raises:
-        ExportError: it doesn't.
+        ExportError: not so.
     """
-    path = Path(path)
+    path = check_path(path, ExportError)
     if not path.parent.is_dir():
         raise ExportError(f"folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; name a file")
     return path
 
 
@@ -247,7 +252,7 @@ def read_bytes(path: str | Path, what: str, *, limit: int = 1 << 28) -> bytes:
     Raises:
         ExportError: it is missing, unreadable, or larger than ``limit``.
     """
-    path = Path(path)
+    path = check_path(path, ExportError)
     if not path.is_file():
         raise ExportError(f"there is no {what} at {path}")
     try:
@@ -255,4 +260,4 @@ def read_bytes(path: str | Path, what: str, *, limit: int = 1 << 28) -> bytes:
             raise ExportError(f"{path} has {size} bytes, more than any {what} ({limit}); is it a model?")
         return path.read_bytes()
     except OSError as error:
-        raise ExportError(f"{path} can't be read ({error})") from error
+        raise ExportError(f"{path} can't be read ({error.strerror or error})") from error

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt
+from sims_lens.checks import check_path
 from sims_lens.errors import ExportError
 from sims_lens.export.check import TOLERANCE, Exported, Nearest, block_output, restriction, write_file
 from sims_lens.models import checkpoint_of
@@ -45,7 +46,7 @@ def to_lm_eval(model: Any, plan: SteeringPlan, path: str | Path, *, tolerance: f
         PlanError: the plan doesn't fit the model.
         ModelError: the model's checkpoint isn't known.
     """
-    path = Path(path)
+    path = check_path(path, ExportError)
     if path.suffix not in (".pt", ".pth"):
         raise ExportError(f"{path.name!r}: lm-eval takes the file for something else unless its name ends in .pt")
     names = _block_names(checkpoint_of(model), adapt(model))

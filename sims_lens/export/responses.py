@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sims_lens.checks import check_kind, check_list, check_path
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import ExportError, PromptError
@@ -50,6 +51,8 @@ class Responses:
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
+        check_list("texts", self.texts, "('yes', 'no')", ExportError)
+        check_list("tokens", self.tokens, "(3, 2)", ExportError)
         if len(self.texts) != len(self.prompts):
             raise ExportError(f"there are {len(self.texts)} responses to {len(self.prompts)} prompts; give one to each")
         if self.tokens and len(self.tokens) != len(self.prompts):
@@ -97,6 +100,7 @@ def run_responses(run: Run, iteration: int | None = None) -> Responses:
     Raises:
         RunError: there is no such iteration.
     """
+    check_kind("run", run, Run, "open one with sims_lens.open_run(path)", ExportError)
     if iteration is None:
         iteration = run.best.index if run.best else 0
     first: dict[int, Sample] = {s.prompt: s for s in run.samples(iteration) if s.draw == 0}
@@ -125,7 +129,7 @@ def to_alpaca_eval(
     Raises:
         ExportError: the file's or the model's name can't be used, or a response is empty for all prompts.
     """
-    path, found = Path(path), _given(responses)
+    path, found = check_path(path, ExportError), _given(responses)
     if path.suffix != ".json":
         raise ExportError(f"{path.name!r}: AlpacaEval reads .json; name the file so")
     name = _checked_name(generator if generator is not None else path.stem)
@@ -143,7 +147,7 @@ def from_alpaca_eval(path: str | Path) -> Responses:
     Raises:
         ExportError: the file isn't one, or holds several answers to one instruction.
     """
-    rows = _read_json(Path(path))
+    rows = _read_json(check_path(path, ExportError))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ExportError(f"{path} isn't a list of objects with 'instruction' and 'output', as AlpacaEval reads it")
     return _responses(path, [(_text(path, row, "instruction"), _text(path, row, "output")) for row in rows])
@@ -168,7 +172,7 @@ def to_arena_hard(responses: Responses | Run, path: str | Path, *, questions: st
     Raises:
         ExportError: the file's name can't be used, or a prompt isn't among the questions.
     """
-    path, found = Path(path), _given(responses)
+    path, found = check_path(path, ExportError), _given(responses)
     if path.suffix != ".jsonl":
         raise ExportError(f"{path.name!r}: Arena-Hard-Auto reads .jsonl; name the file so")
     name, uids = _checked_name(path.stem), {} if questions is None else _uids(Path(questions))
@@ -200,7 +204,7 @@ def from_arena_hard(path: str | Path) -> Responses:
         ExportError: the file isn't one.
     """
     pairs = []
-    for number, row in enumerate(_read_lines(Path(path)), start=1):
+    for number, row in enumerate(_read_lines(check_path(path, ExportError)), start=1):
         messages = row.get("messages")
         if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
             raise ExportError(f"{path}, line {number}: no messages of a user and an assistant")
@@ -234,7 +238,7 @@ def arena_hard_questions(
         {"uid": uid_of(prompt), "category": category, "subcategory": subcategory, "prompt": prompt}
         for prompt in check_prompts(prompts)
     ]
-    return _write(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return _write(check_path(path, ExportError), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def uid_of(prompt: str) -> str:
@@ -267,6 +271,7 @@ def markdown_counts(text: str) -> dict[str, dict[str, int]]:
 
 def _given(responses: Responses | Run) -> Responses:
     found = run_responses(responses) if isinstance(responses, Run) else responses
+    check_kind("responses", found, Responses, "see sims_lens.responses_of, or give a run", ExportError)
     if not any(text.strip() for text in found.texts):
         raise ExportError("every response is empty; there is nothing to judge")
     return found
@@ -334,11 +339,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, text: str) -> Path:
-    if not path.parent.is_dir():
+    if not check_path(path, ExportError).parent.is_dir():
         raise ExportError(f"folder {path.parent} does not exist; create it first")
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ExportError(f"a text has half of a surrogate pair, {text[error.start]!r}; remove it") from error
+    if check_path(path, ExportError).is_dir():
+        raise ExportError(f"{path} is a folder; name a file")
     path.write_bytes(data)
     return path

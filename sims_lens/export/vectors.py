@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.adapter import adapt
+from sims_lens.checks import check_path
 from sims_lens.errors import ExportError, PlanError
 from sims_lens.export.check import (
     TOLERANCE,
@@ -176,7 +177,7 @@ def from_steerkit(path: str | Path, *, method: str | None = None, coefficient: f
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = check_path(path, ExportError)
     if not path.is_file():
         raise ExportError(f"there is no {_STEERKIT} at {path}")
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sims_lens.checks import check_integer, check_list, check_path, check_seed, shown
 from sims_lens.errors import CapabilityError, SimsError
 from sims_lens.harness.model import check_installed, lm_eval_model
 from sims_lens.hooks import check_unsteered, resolve
@@ -195,11 +196,22 @@ def capability(
         ModelError: a plan is attached to the model.
         PlanError: the plan doesn't fit the model.
     """
-    if limit is not None and limit < 1:
-        raise CapabilityError(f"limit = {limit}: at least one document of each task is needed; None takes all")
-    if shots is not None and shots < 0:
-        raise CapabilityError(f"shots = {shots}: the number of examples can't be negative")
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    if limit is not None:
+        check_integer("limit, the documents of each task (None takes all),", limit, error=CapabilityError)
+    if shots is not None:
+        check_integer("shots, the examples before each document,", shots, 0, error=CapabilityError)
+    if batch_rows is not None:
+        check_integer("batch_rows", batch_rows)
+    if include_path is not None and not check_path(include_path).is_dir():
+        raise CapabilityError(
+            f"include_path {shown(str(include_path))} is no folder; give the one with your task files"
+        )
+    check_seed(seed)
+    names = [tasks] if isinstance(tasks, str) else list(check_list("tasks", tasks, "['sims_plain_facts']"))
+    if not all(isinstance(name, (str, Mapping)) or hasattr(name, "config") for name in names):
+        raise CapabilityError(f"a task is given by its name, got {shown(tasks)}")
+    if "" in names:
+        raise CapabilityError(f"a task has the name '', empty; give names, for instance {list(PACKAGED)}")
     if not names:
         raise CapabilityError(f"there are no tasks; give names, for instance {list(PACKAGED)}")
     check_unsteered(model)

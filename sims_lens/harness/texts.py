@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sims_lens.adapter import Adapter, adapt
+from sims_lens.checks import shown
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import CapabilityError, ModelError
@@ -53,8 +54,8 @@ class SteeredTexts:
     def __init__(
         self, model: Any, plan: SteeringPlan, *, add_bos: bool | None = None, batch_rows: int | None = None
     ) -> None:
-        if batch_rows is not None and batch_rows < 1:
-            raise CapabilityError(f"batch_rows = {batch_rows}: at least one row is needed; None takes what fits")
+        if batch_rows is not None and (type(batch_rows) is not int or batch_rows < 1):
+            raise CapabilityError(f"batch_rows = {shown(batch_rows)}: one row or more is needed; None takes what fits")
         check_unsteered(model)
         self.model = model
         self.plan = resolve(model, plan)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sims_lens.adapter import adapt, check_lengths
+from sims_lens.checks import check_kind, check_list, check_seed
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
 from sims_lens.errors import PromptError
@@ -123,7 +124,9 @@ def multi_turn(
     check_count("turns", turns)
     check_count("samples", samples)
     talks = _checked(conversations, turns)
-    sampling = sampling or SamplingConfig()
+    sampling = SamplingConfig() if sampling is None else sampling
+    check_kind("sampling", sampling, SamplingConfig, "make one, as SamplingConfig(max_new_tokens=40)")
+    check_seed(seed)
     adapter, judge, plan = adapt(model), bound_ranker(ranker, model), resolve(model, plan)
     answers: dict[tuple[int, int, bool], tuple[str, ...]] = {
         (i, k, steered): () for i in range(len(talks)) for k in range(samples) for steered in (False, True)
@@ -176,7 +179,8 @@ def _slopes(changes: np.ndarray) -> np.ndarray:
 
 def _checked(given: Sequence[Sequence[str]] | None, turns: int) -> list[tuple[str, ...]]:
     talks = conversations() if given is None else given
-    if isinstance(talks, str) or len(talks) < 2 or any(isinstance(talk, str) for talk in talks):
+    check_list("conversations", talks, '[["Hi.", "Go on."], ...]', PromptError)
+    if len(talks) < 2 or any(isinstance(talk, str) or not isinstance(talk, Sequence) for talk in talks):
         raise PromptError('give two or more conversations, each a list of what the user says: [["Hi.", "Go on."], ...]')
     for index, talk in enumerate(talks):
         if len(talk) < turns:

@@ -37,6 +37,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sims_lens.checks import check_seed, shown
 from sims_lens.errors import ConfigError, TooFewPairsError
 from sims_lens.stats import CONFIDENCE, Interval
 
@@ -199,6 +200,13 @@ def corruption_curve(
 
     Reference: the theory is at the top of the module; the jackknife is Efron & Tibshirani 1993, chapter 11.
     """
+    for what, rows_of, axes in (("clean", clean, 2), ("corrupted", corrupted, 3)):
+        if rows_of is not None and not (isinstance(rows_of, np.ndarray) and rows_of.ndim == axes and rows_of.size):
+            shape = list(rows_of.shape) if isinstance(rows_of, np.ndarray) else shown(rows_of)
+            raise ConfigError(f"{what} must be a numpy array with {axes} dimensions, got {shape}")
+    if corrupted is not None and (corrupted.shape[0], corrupted.shape[2]) != clean.shape:
+        raise ConfigError(f"corrupted has shape {list(corrupted.shape)}, clean {list(clean.shape)}; see the docstring")
+    check_seed(seed)
     n = len(clean)
     if n < FEWEST:
         raise TooFewPairsError(f"{n} contrast pairs are too few to corrupt some of them; give {FEWEST} or more")
@@ -253,7 +261,7 @@ class _Trial:
 
     @classmethod
     def drawn(cls, n: int, choices: int, repeats: int, seed: int) -> "_Trial":
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(check_seed(seed))
         order = rng.permuted(np.tile(np.arange(n), (repeats, 1)), axis=1)
         return cls(
             in_b=order < n // 2,

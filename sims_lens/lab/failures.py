@@ -157,7 +157,7 @@ class FailureLedger(Shown):
             ("kind", "count", "steered [95%]", "base [95%]", "difference, points [95%]", "p", "what it is")
         ]
         for f in self.kinds:
-            points = signed(Interval(*(100 * v for v in f.difference.to_json())))
+            points = signed(f.difference.map(lambda share: 100 * share))
             rows.append((f.kind, f"{f.count}", share(f.steered), share(f.base), points, f"{f.p:.2g}", f.meaning))
         return rows
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sims_lens.checks import check_folder
 from sims_lens.config import SIMSConfig
-from sims_lens.errors import ConfigError
+from sims_lens.errors import ConfigError, RunError
 from sims_lens.evaluate import Effect
 from sims_lens.guard import decide
 from sims_lens.hooks import check_unsteered
@@ -205,7 +206,7 @@ def misled(
     chosen = config or SIMSConfig()
     if config is None:
         chosen = replace(chosen, evaluation=replace(chosen.evaluation, controls=0))
-    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="sims-lab-"))
+    folder = check_folder(out, RunError) if out is not None else Path(tempfile.mkdtemp(prefix="sims-lab-"))
     runs, judge = {}, bound_ranker(honest, model)
     made: Run | None = None
     for name, oracle in oracles.items():

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sims_lens.activations import capture
 from sims_lens.adapter import adapt
+from sims_lens.checks import check_list, check_number, shown
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import ConfigError, PlanError, RunError
+from sims_lens.errors import ConfigError, PlanError, PromptError, RunError
 from sims_lens.estimators import unit
 from sims_lens.evaluate import score_changes
 from sims_lens.hooks import check_unsteered
@@ -281,6 +282,8 @@ def poisoned_negatives(
     adapter = adapt(model)
     rng = np.random.default_rng(derive_seed(seed, "poison"))
     n = len(found.rows)
+    if texts is not None:
+        check_list("texts", texts, "['a bad response']", PromptError)
     if texts is None:
         shift = int(rng.integers(1, n))  # nobody gets their own
         dealt = [found.rows[(i + shift) % n][1] for i in range(n)]
@@ -344,8 +347,12 @@ def _read(model: Any, source: Run | Sequence[tuple[str, str, str]], *, layer: in
     else:
         if others:
             raise ConfigError('flip="negatives" needs other responses to each prompt: give a run, not pairs of texts')
-        if isinstance(source, str) or any(len(pair) != 3 for pair in source):
-            raise ConfigError("give a run, or pairs of texts as [(prompt, better, worse), ...]")
+        check_list("source", source, "[(prompt, better, worse), ...], or a run,")
+        for index, pair in enumerate(source):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 3 and all(isinstance(t, str) for t in pair)):
+                raise ConfigError(
+                    f"pair {index} is {shown(pair)}; give a run, or pairs of texts as [(prompt, better, worse), ...]"
+                )
         unique = {pair[0]: pair for pair in reversed(source)}  # one of each prompt: others would not be independent
         encoded = [adapter.encode(prompt) for prompt in unique]
         best, worst = ([tuple(adapter.encode_response(pair[k])) for pair in unique.values()] for k in (1, 2))
@@ -386,7 +393,7 @@ def _result(
     check_count("repeats", repeats)
     check_count("fits", fits)
     clean = found.best - found.worst
-    shares = tuple(float(e) for e in epsilons)
+    shares = tuple(check_number("a share", e) for e in check_list("shares", epsilons, "[0.0, 0.5]"))
     curve = corruption_curve(clean, corrupted, epsilons=shares, repeats=repeats, seed=derive_seed(seed, "halves"))
     effects: list[CorruptedEffect] = []
     count, name = 0, ""

@@ -5,11 +5,11 @@ responses, which are ranked apart, can still be compared.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from sims_lens.checks import check_number, is_number, shown
 from sims_lens.errors import ConfigError
 from sims_lens.rankers import CheckedRanker, as_ranker, bound_ranker
 from sims_lens.rankers.fingerprint import settings_of
@@ -78,8 +78,8 @@ class Noisy(_Worse):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.epsilon <= 1.0:
-            raise ConfigError(f"epsilon must be a probability from 0 to 1, got {self.epsilon!r}")
+        if not is_number(self.epsilon) or not 0.0 <= self.epsilon <= 1.0:
+            raise ConfigError(f"epsilon must be a probability from 0 to 1, got {shown(self.epsilon)}")
 
     @property
     def name(self) -> str:
@@ -212,8 +212,7 @@ class Loophole(_Worse):
 
 
 def _finite(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    check_number(name, value)
 
 
 __all__ = ["UNIT_WORDS", "LengthBiased", "Loophole", "Noisy", "Reversed"]

@@ -6,7 +6,6 @@ whose slope is below 0 is anti-steerable. Our deviations: the line is fitted to 
 multiplier is a factor of a plan's own strength; the propensity is any :class:`~sims_lens.behaviour.Behaviour`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from sims_lens.behaviour import Behaviour, PairBehaviour, SampledBehaviour
+from sims_lens.checks import check_list, check_number, check_seed, shown
 from sims_lens.errors import ConfigError
 from sims_lens.hooks import check_unsteered, resolve
 from sims_lens.lab.shown import Shown, columns, rate, share, signed
@@ -140,8 +140,9 @@ def steerability(
     Reference: see the top of the module.
     """
     check_unsteered(model)
-    factors = tuple(sorted({float(c) for c in coefficients}))
-    if len(factors) < 3 or not all(map(math.isfinite, factors)):
+    given = check_list("coefficients", coefficients, "(-1.0, 0.0, 1.0)")
+    factors = tuple(sorted({check_number("a coefficient", c) for c in given}))
+    if len(factors) < 3:
         raise ConfigError(f"coefficients must be three or more different numbers, got {tuple(coefficients)}")
     if (behaviour is None) == (ranker is None):
         raise ConfigError("give a behaviour, or a ranker with prompts, and not both")
@@ -149,6 +150,9 @@ def steerability(
         if prompts is None:
             raise ConfigError("a ranker needs prompts to be asked about; give prompts=[...]")
         behaviour = SampledBehaviour(ranker, prompts, samples=samples, seed=seed)
+    if not isinstance(behaviour, Behaviour):
+        raise ConfigError(f"behaviour must be a PairBehaviour or a SampledBehaviour, got {shown(behaviour)}")
+    check_seed(seed)
     known = resolve(model, plan)
     columns_found = []
     with Progress(len(factors), show=progress) as bar:

@@ -9,7 +9,19 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.ablation import DirectionalAblation, LeaveOneOut
 from sims_lens.analysis.logit_attribution import Contribution, LogitAttribution
-from sims_lens.plots.theme import BAND, BLUE, GREEN, ORANGE, PURPLE, SKY, TEXT, VERMILLION, plotly_text, titled
+from sims_lens.plots.theme import (
+    BAND,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    TEXT,
+    VERMILLION,
+    check_result,
+    plotly_text,
+    titled,
+)
 from sims_lens.stats import Interval
 
 _ROW: Final = 54
@@ -34,6 +46,7 @@ def leave_one_out(found: LeaveOneOut) -> go.Figure:
     Args:
         found: of :func:`sims_lens.analysis.leave_one_out`.
     """
+    check_result(found, LeaveOneOut)
     names = [_short(part.name) for part in found.parts]
     figure = titled(
         go.Figure(),
@@ -88,6 +101,7 @@ def directional_ablation(found: DirectionalAblation) -> go.Figure:
     Args:
         found: of :func:`sims_lens.analysis.directional_ablation`.
     """
+    check_result(found, DirectionalAblation)
     kinds = [kind for kind in ("random", "matched") if found.of_kind(kind)]
     words = {"random": "random<br>directions", "matched": "random, of the<br>same variance"}
     labels = ["nothing", _short(found.name), *(words[kind] for kind in kinds)]
@@ -152,6 +166,7 @@ def logit_attribution(found: LogitAttribution) -> go.Figure:
     Args:
         found: of :func:`sims_lens.analysis.logit_attribution`.
     """
+    check_result(found, LogitAttribution)
     layers = sorted({c.component.layer for c in found.contributions if c.component.layer is not None})
     ticks = ["embed", *(str(layer) for layer in layers), "norm"]
     if any(c.component.kind == "soft_cap" for c in found.contributions):

@@ -8,7 +8,18 @@ from plotly.subplots import make_subplots
 
 from sims_lens.auditing import MEASURES, Audit, Measure
 from sims_lens.errors import RankerError
-from sims_lens.plots.theme import BLUE, EDGE, ORANGE, TEXT, VERMILLION, WIDTH, error_bars, plotly_text, titled
+from sims_lens.plots.theme import (
+    BLUE,
+    EDGE,
+    ORANGE,
+    TEXT,
+    VERMILLION,
+    WIDTH,
+    check_result,
+    error_bars,
+    plotly_text,
+    titled,
+)
 from sims_lens.stats import Interval
 
 _ROW, _LINE, _BETWEEN = 26, 17, 66  # pixels: of a measure, of a line of the subtitle, between two panels
@@ -38,6 +49,7 @@ def reliability_card(audit: Audit) -> go.Figure:
     Raises:
         RankerError: the audit has no measure to draw.
     """
+    check_result(audit, Audit)
     there = [(measure, interval) for measure in MEASURES if (interval := getattr(audit, measure.field)) is not None]
     panels = [[row for row in there if row[0].scale == scale] for scale in ("rate", "correlation")]
     panels = [rows for rows in panels if rows]

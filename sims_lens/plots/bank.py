@@ -6,8 +6,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sims_lens.bank import PairDiagnostics
+from sims_lens.checks import check_list
 from sims_lens.errors import RunError
-from sims_lens.plots.theme import BLUE, GREEN, HEIGHT, ORANGE, titled
+from sims_lens.plots.theme import BLUE, GREEN, HEIGHT, ORANGE, check_result, titled
 
 _FILL = "rgba(0, 114, 178, 0.22)"
 
@@ -24,6 +25,8 @@ def pair_selection(diagnostics: Sequence[PairDiagnostics]) -> go.Figure:
     Raises:
         RunError: there are none.
     """
+    for each in check_list("diagnostics", diagnostics, "[iteration.diagnostics for iteration in run.iterations]"):
+        check_result(each, PairDiagnostics)
     if not diagnostics:
         raise RunError("there are no pairs to draw yet; give one PairDiagnostics per finished iteration")
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.62, 0.38], vertical_spacing=0.09)

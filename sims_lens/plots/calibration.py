@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from sims_lens.calibration import Calibration, Point
 from sims_lens.errors import RunError
-from sims_lens.plots.theme import BAND, HEIGHT, TEXT, VERMILLION, colours, error_bars, plotly_text, titled
+from sims_lens.plots.theme import BAND, HEIGHT, TEXT, VERMILLION, check_result, colours, error_bars, plotly_text, titled
 from sims_lens.stats import Interval
 
 _APART: Final = 1.025
@@ -37,6 +37,7 @@ def calibration(found: Calibration) -> go.Figure:
     Raises:
         RunError: it has no points.
     """
+    check_result(found, Calibration)
     if not found.curve:
         raise RunError("the calibration has no points to draw; see sims_lens.calibrate")
     by_coefficient = found.units != "mixed" and all(p.coefficient > 0 for p in found.curve)

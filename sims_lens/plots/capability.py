@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sims_lens.harness import Capability
-from sims_lens.plots.theme import BLUE, TEXT, VERMILLION, error_bars, plotly_text, titled
+from sims_lens.plots.theme import BLUE, TEXT, VERMILLION, check_result, error_bars, plotly_text, titled
 
 
 def capability(result: Capability) -> go.Figure:
@@ -13,6 +13,7 @@ def capability(result: Capability) -> go.Figure:
     Args:
         result: of :func:`sims_lens.capability`.
     """
+    check_result(result, Capability)
     names = list(dict.fromkeys(s.name for s in result.scores))
     tasks = list(dict.fromkeys(s.task for s in result.scores))
     heads = [f"{plotly_text(name)}{_direction(result, name)}" for name in names]

@@ -12,8 +12,8 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.circuits import Amount, ComponentEffect, ComponentEffects, DirectionReaders
 from sims_lens.analysis.patching import HEAD, MLP
-from sims_lens.errors import ConfigError
-from sims_lens.plots.theme import BLUE, DIVERGING, PURPLE, TEXT, VERMILLION, titled
+from sims_lens.checks import check_choice
+from sims_lens.plots.theme import BLUE, DIVERGING, PURPLE, TEXT, VERMILLION, check_result, titled
 from sims_lens.stats import Interval
 
 _VALUES: Final = {
@@ -44,8 +44,8 @@ def component_effects(found: ComponentEffects, *, value: str = "lost", share: bo
     Raises:
         ConfigError: there is no such value.
     """
-    if value not in _VALUES:
-        raise ConfigError(f"value {value!r} is not one of {', '.join(_VALUES)}")
+    check_result(found, ComponentEffects)
+    check_choice("value", value, tuple(_VALUES))
     figure = _map(found, value, share)
     direct = found.direct
     straight = f"{direct.nats.estimate:+.3g}" if direct.share is None else f"{direct.share.estimate:.0%} of it"
@@ -61,6 +61,7 @@ def direction_readers(found: DirectionReaders, *, share: bool = True) -> go.Figu
         share: as a share of the plan's whole effect; in nats per token where False, and where the interval of the
             effect reaches 0.
     """
+    check_result(found, DirectionReaders)
     figure = _map(found, "gradient", share)
     for column, kind in ((1, HEAD), (2, MLP)):
         checked = [
@@ -89,6 +90,7 @@ def attribution_check(found: ComponentEffects | DirectionReaders) -> go.Figure:
     Args:
         found: of :func:`sims_lens.analysis.component_effects` or :func:`sims_lens.analysis.direction_readers`.
     """
+    check_result(found, (ComponentEffects, DirectionReaders))
     figure = go.Figure()
     named = {repr(e.component) for e in found.top(_NAMED)}
     patched = [e for e in found.components if e.lost is not None and e.active]

@@ -14,6 +14,7 @@ from sims_lens.plots.theme import (
     SKY,
     TEXT,
     VERMILLION,
+    check_result,
     error_bars,
     plotly_text,
     titled,
@@ -38,6 +39,7 @@ def comparison(result: Comparison) -> go.Figure:
     Operations are those of learning and of answering all held-out prompts, a judge's own not counted. Divergence is KL
     in nats per response. In the band one more shuffled-label plan of the loop's norm would lie with 95% probability.
     """
+    check_result(result, Comparison)
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.05)
     seeds = f"{len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
     reading = "; grey: one more plan of the loop's norm that has learnt nothing (95%)" if result.null_band else ""

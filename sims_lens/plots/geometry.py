@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sims_lens.analysis.norms import VectorNorms, counted
 from sims_lens.analysis.similarity import DirectionSimilarity, SharedSubspace, Trajectory
-from sims_lens.errors import PlanError
+from sims_lens.checks import check_integer, check_list, one_line
+from sims_lens.errors import ConfigError, PlanError
 from sims_lens.plots.theme import (
     BAND,
     BLUE,
@@ -19,6 +20,7 @@ from sims_lens.plots.theme import (
     HEIGHT,
     ORANGE,
     TEXT,
+    check_result,
     colours,
     error_bars,
     plotly_text,
@@ -39,6 +41,7 @@ def norm_profile(norms: VectorNorms) -> go.Figure:
     Args:
         norms: of :func:`sims_lens.vector_norms`.
     """
+    check_result(norms, VectorNorms)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
     titled(
         figure,
@@ -107,6 +110,7 @@ def projection_profile(norms: VectorNorms) -> go.Figure:
     Args:
         norms: of :func:`sims_lens.vector_norms`.
     """
+    check_result(norms, VectorNorms)
     gaps = any(not math.isnan(d.gap.estimate) for d in norms.directions)
     figure = make_subplots(rows=3 if gaps else 2, cols=1, shared_xaxes=True, vertical_spacing=0.05)
     read = f"{counted(norms.texts, 'text')}, {counted(norms.tokens, 'token')} of scope {plotly_text(norms.scope)}"
@@ -162,6 +166,7 @@ def similarity(result: DirectionSimilarity, name: str | None = None, *, layer: i
     Raises:
         PlanError: there is no such name or layer, or both are given.
     """
+    check_result(result, DirectionSimilarity)
     if name is not None and layer is not None:
         raise PlanError("give a name or a layer; with both there is a single direction")
     if name is not None:
@@ -232,6 +237,10 @@ def similarity_profile(result: DirectionSimilarity, pairs: Sequence[tuple[str, s
     Raises:
         PlanError: there is nothing to compare, or no such name.
     """
+    check_result(result, DirectionSimilarity)
+    for pair in () if pairs is None else check_list("pairs", pairs, "[('a', 'b')]"):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)):
+            raise ConfigError(f"a pair is two names of directions, got {one_line(repr(pair), 60)}")
     chosen = pairs
     if chosen is None:
         first = result.names[0]
@@ -318,6 +327,7 @@ def trajectory(result: DirectionSimilarity | Trajectory, layer: int | None = Non
     Raises:
         PlanError: the layer is missing or unknown.
     """
+    check_result(result, (DirectionSimilarity, Trajectory))
     if isinstance(result, DirectionSimilarity):
         if layer is None:
             raise PlanError("name the layer whose trajectory is drawn")
@@ -421,6 +431,8 @@ def shared_subspace(result: DirectionSimilarity | SharedSubspace, *, components:
         result: of :func:`sims_lens.direction_similarity`, or its ``shared_subspace(...)``.
         components: how many to show.
     """
+    check_result(result, (DirectionSimilarity, SharedSubspace))
+    check_integer("components", components)
     if isinstance(result, DirectionSimilarity):
         result = result.shared_subspace()
     shown = min(components, len(result.explained))

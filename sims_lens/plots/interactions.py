@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sims_lens.analysis.interactions import TOGETHER, Interaction
-from sims_lens.plots.theme import TEXT, colours, error_bars, plotly_text, titled
+from sims_lens.plots.theme import TEXT, check_result, colours, error_bars, plotly_text, titled
 
 
 def interaction(result: Interaction) -> go.Figure:
@@ -15,6 +15,7 @@ def interaction(result: Interaction) -> go.Figure:
     Args:
         result: of :func:`sims_lens.analysis.interaction`.
     """
+    check_result(result, Interaction)
     rankers = list(result.evaluations)
     names = [*result.plans, TOGETHER]
     heads = [f"by {plotly_text(ranker)}" for ranker in rankers]

@@ -22,6 +22,7 @@ from sims_lens.plots.theme import (
     TEXT,
     VERMILLION,
     WIDTH,
+    check_result,
     error_bars,
     plotly_text,
     titled,
@@ -56,6 +57,7 @@ def corrupted_pairs(result: CorruptedPairs) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.oracle_noise` or :func:`sims_lens.lab.poisoned_negatives`.
     """
+    check_result(result, CorruptedPairs)
     curve, (axis, title) = result.curve, _KINDS[result.kind]
     panels = 3 if result.effects else 2
     heads = ["cosine with the clean direction", "projection on the other half", "effect at one norm"][:panels]
@@ -165,6 +167,7 @@ def misled(result: Misled) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.misled` or :func:`sims_lens.lab.reward_hacking`.
     """
+    check_result(result, Misled)
     names = list(result.runs)
     per_row = min(3, len(names))
     rows = -(-len(names) // per_row)
@@ -218,6 +221,7 @@ def out_of_distribution(result: OutOfDistribution) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.out_of_distribution`.
     """
+    check_result(result, OutOfDistribution)
     names = list(result.evaluations)[::-1]
     labels = [f"{plotly_text(name)} ({result.prompts[name]})" for name in names]
     figure = make_subplots(
@@ -258,6 +262,7 @@ def multi_turn(result: MultiTurn) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.multi_turn`.
     """
+    check_result(result, MultiTurn)
     turns = list(range(1, len(result.evaluations) + 1))
     figure = make_subplots(rows=1, cols=2, subplot_titles=["effect", "KL per token"], horizontal_spacing=0.14)
     titled(
@@ -295,6 +300,7 @@ def steerability(result: Steerability) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.steerability`.
     """
+    check_result(result, Steerability)
     order = np.argsort(result.slopes)
     unit = plotly_text(result.unit)
     figure = make_subplots(
@@ -364,6 +370,7 @@ def failures(result: FailureLedger) -> go.Figure:
     Args:
         result: of :func:`sims_lens.lab.failures`.
     """
+    check_result(result, FailureLedger)
     panels = [[f for f in result.kinds[::-1] if (f.kind == "no EOS") is cut] for cut in (False, True)]
     figure = make_subplots(rows=2, cols=1, row_heights=[len(panels[0]), 1.4], vertical_spacing=0.16)
     titled(

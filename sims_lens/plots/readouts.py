@@ -7,8 +7,21 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.readouts import Reading, Readout, TokenEffect
 from sims_lens.analysis.tokens import visible
+from sims_lens.checks import check_integer
 from sims_lens.errors import PlanError
-from sims_lens.plots.theme import BAND, BLUE, EDGE, ORANGE, TEXT, VERMILLION, colours, error_bars, plotly_text, titled
+from sims_lens.plots.theme import (
+    BAND,
+    BLUE,
+    EDGE,
+    ORANGE,
+    TEXT,
+    VERMILLION,
+    check_result,
+    colours,
+    error_bars,
+    plotly_text,
+    titled,
+)
 
 _PALE = "#F4F4F2"
 _CELLS = 6
@@ -26,6 +39,7 @@ def readout(found: Readout, *, layer: int | None = None, name: str | None = None
     Raises:
         PlanError: there is no such readout.
     """
+    check_result(found, Readout)
     r = found.reading(layer, name)
     effects = [*r.promoted, *reversed(r.suppressed)]
     z = [effect.z for effect in effects]
@@ -79,6 +93,8 @@ def readout_layers(found: Readout, *, name: str | None = None, tokens: int = _CE
     Raises:
         PlanError: there is no such source.
     """
+    check_result(found, Readout)
+    check_integer("tokens", tokens)
     source = found.reading(None, name).name
     readings = [r for r in found.readings if r.name == source]
     count = min(tokens, found.top)
@@ -147,6 +163,7 @@ def readout_drift(found: Readout) -> go.Figure:
     Raises:
         PlanError: there is but one direction, or none that follow each other.
     """
+    check_result(found, Readout)
     iterations = any(d.against == "first iteration" for d in found.drifts)
     if not found.drifts:
         raise PlanError("a drift needs directions of several iterations or layers; the readout has neither")
@@ -214,6 +231,7 @@ def readout_measured(found: Readout) -> go.Figure:
     Raises:
         PlanError: it was called without.
     """
+    check_result(found, Readout)
     lines: dict[str, list[Reading]] = {}
     for r in found.readings:
         if r.measured is not None:

@@ -12,10 +12,11 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from sims_lens.checks import shown
 from sims_lens.errors import RunError
 from sims_lens.estimators import unit
 from sims_lens.evaluate import Evaluation
-from sims_lens.plots.theme import BAND, BLUE, DIVERGING, EDGE, HEIGHT, TEXT, colours, error_bars, titled
+from sims_lens.plots.theme import BAND, BLUE, DIVERGING, EDGE, HEIGHT, TEXT, check_result, colours, error_bars, titled
 from sims_lens.run import Iteration, Run
 from sims_lens.stats import Interval, null_band
 
@@ -29,6 +30,7 @@ def win_rate(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     figure = _progress(
         run,
         lambda e: e.win_rate,
@@ -53,6 +55,7 @@ def effect(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     figure = _progress(
         run,
         lambda e: e.difference,
@@ -72,6 +75,7 @@ def vector_norms(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     figure = titled(
         go.Figure(),
@@ -118,10 +122,11 @@ def layer_similarity(run: Run, iteration: int | None = None) -> go.Figure:
     Raises:
         RunError: there is no such iteration.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     index = len(iterations) if iteration is None else iteration
-    if isinstance(index, bool) or not 1 <= index <= len(iterations):
-        raise RunError(f"iteration {index} is not one of the finished ones, 1..{len(iterations)}")
+    if type(index) is not int or not 1 <= index <= len(iterations):
+        raise RunError(f"iteration {shown(index)} is not one of the finished ones, 1..{len(iterations)}")
     directions = unit(iterations[index - 1].vectors.float())
     cosines = (directions @ directions.T).clamp(-1, 1)
     layers = list(range(len(directions)))
@@ -159,6 +164,7 @@ def iteration_similarity(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     figure = titled(
         go.Figure(),
@@ -224,6 +230,7 @@ def side_effects(run: Run) -> go.Figure:
     Raises:
         RunError: no iteration is finished.
     """
+    check_result(run, Run)
     iterations = _finished(run)
     figure = make_subplots(
         rows=2,

@@ -6,10 +6,11 @@ from typing import Final
 
 import plotly.graph_objects as go
 
+from sims_lens.checks import check_list
 from sims_lens.data import Sample
 from sims_lens.errors import ConfigError, RunError
 from sims_lens.plots.sliders import slider
-from sims_lens.plots.theme import TEMPLATE, WIDTH, plotly_text, titled
+from sims_lens.plots.theme import TEMPLATE, WIDTH, check_result, plotly_text, titled
 from sims_lens.run import Run
 
 ORDERS: Final = ("prompt", "effect")
@@ -53,6 +54,7 @@ def sample_browser(
         ConfigError: the order is unknown.
         RunError: the split is unknown, or a prompt has no responses in it.
     """
+    check_result(run, Run)
     if order not in ORDERS:
         raise ConfigError(f"order {order!r} is not one of {', '.join(ORDERS)}")
     if split not in ("heldout", "train"):
@@ -61,7 +63,7 @@ def sample_browser(
     there = list(dict.fromkeys(index for samples in drawn.values() for index in samples))
     if split == "heldout":
         there = [index for index in run.indices(split) if index in there]
-    chosen = there if prompts is None else list(prompts)
+    chosen = there if prompts is None else list(check_list("prompts", prompts, "[0, 1]", RunError))
     if missing := [index for index in chosen if index not in there]:
         raise RunError(f"prompt {missing[0]!r} has no {split} responses; see run.indices({split!r})")
     if not chosen:

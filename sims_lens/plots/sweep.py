@@ -9,7 +9,18 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.sweep import FIGURES, LayerSweep, SweepCell
 from sims_lens.errors import ConfigError, RunError
-from sims_lens.plots.theme import BAND, DIVERGING, GREEN, HEIGHT, PURPLE, TEXT, colours, plotly_text, titled
+from sims_lens.plots.theme import (
+    BAND,
+    DIVERGING,
+    GREEN,
+    HEIGHT,
+    PURPLE,
+    TEXT,
+    check_result,
+    colours,
+    plotly_text,
+    titled,
+)
 from sims_lens.stats import Interval
 
 _DARK, _LIGHT = "#26282C", "#F4F4F2"
@@ -46,6 +57,7 @@ def layer_sweep(
         ConfigError: there is no such value.
         RunError: the sweep has no such direction or site.
     """
+    check_result(sweep, LayerSweep)
     if value not in FIGURES:
         raise ConfigError(f"value must be one of {', '.join(FIGURES)}, got {value!r}")
     panels = [p for p in sweep.panels if direction in (None, p[0]) and site in (None, p[1])]
@@ -107,6 +119,7 @@ def frontier(sweep: LayerSweep) -> go.Figure:
     Raises:
         RunError: no cell has a KL that could be drawn.
     """
+    check_result(sweep, LayerSweep)
     drawn = [c for c in sweep.cells if 0 < c.kl.estimate < math.inf and math.isfinite(c.effect.estimate)]
     if not drawn:
         raise RunError("the sweep has no cell with a KL above 0 to draw; see sweep.table()")

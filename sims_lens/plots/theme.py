@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
+from sims_lens.errors import SimsError
 from sims_lens.stats import Interval
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -22,6 +23,17 @@ BAND = "rgba(122, 125, 130, 0.20)"
 EDGE = "rgba(122, 125, 130, 0.55)"
 DIVERGING = ((0.0, BLUE), (0.5, "#F4F4F2"), (1.0, VERMILLION))
 WIDTH, HEIGHT = 750, 420
+
+
+def check_result(result: object, kinds: type | tuple[type, ...]) -> None:
+    """Raise :class:`~sims_lens.errors.SimsError` unless it is what a figure is of."""
+    if not isinstance(result, kinds):
+        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise SimsError(
+            f"this figure is of a {names}, not of a {type(result).__name__}; sims_lens.plots.figures(result) draws all "
+            "that there is of a result"
+        )
+
 
 _AXIS = {
     "automargin": True,

@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 
 from sims_lens.analysis.tokens import TokenScores
 from sims_lens.errors import ConfigError, PlanError
-from sims_lens.plots.theme import BLUE, DIVERGING, TEXT, VERMILLION, plotly_text, titled
+from sims_lens.plots.theme import BLUE, DIVERGING, TEXT, VERMILLION, check_result, plotly_text, titled
 
 SHOWN = 48
 """Tokens in the figure, at most: more have no room for their names."""
@@ -28,8 +28,9 @@ def token_heatmap(scores: TokenScores, *, layer: int | None = None, start: int |
         PlanError: that layer wasn't scored.
         ConfigError: there is no token at ``start``.
     """
+    check_result(scores, TokenScores)
     count = len(scores.tokens)
-    if start is not None and (isinstance(start, bool) or not 0 <= start < count):
+    if start is not None and (type(start) is not int or not 0 <= start < count):
         raise ConfigError(f"start must be a token in 0..{count - 1}, got {start!r}")
     if layer is not None and layer not in scores.layers:
         raise PlanError(f"layer {layer!r} was not scored; {scores.name} has layers {list(scores.layers)}")

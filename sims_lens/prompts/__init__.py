@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
+from sims_lens.checks import check_path, shown
 from sims_lens.errors import PromptError
 
 __all__ = [
@@ -100,7 +101,7 @@ def read_prompts(path: str | Path) -> list[str]:
         PromptError: the file can't be read, is of another kind, or has a broken, empty or repeated prompt, or one with
             control characters other than line feed and tab; the message says in which line.
     """
-    path = Path(path)
+    path = check_path(path, PromptError)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise PromptError(f"{path} ends in {path.suffix!r}; prompts are read from {', '.join(_READERS)}")
@@ -136,8 +137,8 @@ def everyday(n: int | None = None) -> list[str]:
         PromptError: ``n`` is less than 1 or more than there are.
     """
     prompts = files(__name__).joinpath("everyday.txt").read_text(encoding="utf-8").splitlines()
-    if n is not None and not 1 <= n <= len(prompts):
-        raise PromptError(f"n = {n} is not in 1..{len(prompts)}, the number of everyday prompts")
+    if n is not None and not (type(n) is int and 1 <= n <= len(prompts)):
+        raise PromptError(f"n = {shown(n)} is not in 1..{len(prompts)}, the number of everyday prompts")
     return prompts[:n]
 
 
@@ -156,8 +157,8 @@ def tone_pairs(n: int | None = None) -> list[tuple[str, str, str]]:
         PromptError: ``n`` is less than 1 or more than there are.
     """
     lines = files(__name__).joinpath("tone.jsonl").read_text(encoding="utf-8").splitlines()
-    if n is not None and not 1 <= n <= len(lines):
-        raise PromptError(f"n = {n} is not in 1..{len(lines)}, the number of tone pairs")
+    if n is not None and not (type(n) is int and 1 <= n <= len(lines)):
+        raise PromptError(f"n = {shown(n)} is not in 1..{len(lines)}, the number of tone pairs")
     pairs = [json.loads(line) for line in lines[:n]]
     return [(pair["prompt"], pair["positive"], pair["negative"]) for pair in pairs]
 
@@ -189,8 +190,8 @@ def conversations(n: int | None = None) -> list[tuple[str, ...]]:
         PromptError: ``n`` is less than 1 or more than there are.
     """
     lines = files(__name__).joinpath("conversations.jsonl").read_text(encoding="utf-8").splitlines()
-    if n is not None and not 1 <= n <= len(lines):
-        raise PromptError(f"n = {n} is not in 1..{len(lines)}, the number of conversations")
+    if n is not None and not (type(n) is int and 1 <= n <= len(lines)):
+        raise PromptError(f"n = {shown(n)} is not in 1..{len(lines)}, the number of conversations")
     return [tuple(json.loads(line)) for line in lines[:n]]
 
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from sims_lens.checks import check_path, shown
 from sims_lens.errors import PromptError
 from sims_lens.prompts import check_prompts
 
@@ -272,7 +273,7 @@ def _rows(
 ) -> list[Mapping[str, Any]]:
     wanted, count = known.files[part]
     if file is not None:
-        path = Path(file)
+        path = check_path(file, PromptError)
     elif known.package:
         path = _in_package(name, known, wanted, revision)
     else:
@@ -321,7 +322,10 @@ def _reason(error: Exception) -> str:
 def _in_package(name: str, known: PromptSet, wanted: str, revision: str | None) -> Path:
     """A data file of an installed package, which isn't imported."""
     if revision is not None:
-        raise PromptError(f"{name} comes from the package {known.source}: install the version that you want instead")
+        raise PromptError(
+            f"{name} comes from the package {known.source}, so it has no revision {shown(revision)}: install the "
+            "version that you want instead"
+        )
     try:
         found = metadata.distribution(known.source)
     except metadata.PackageNotFoundError:
@@ -357,7 +361,10 @@ def _read(name: str, path: Path, columns: Sequence[str]) -> list[Mapping[str, An
 
 
 def _json(path: Path, _columns: Sequence[str]) -> Iterator[Any]:
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("lists within lists without end") from error
     yield from rows if isinstance(rows, list) else [rows]
 
 
@@ -382,8 +389,8 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _positive(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise PromptError(f"limit = {limit}: at least one is needed; None takes all")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise PromptError(f"limit = {shown(limit)}: a number from 1 up is needed; None takes all")
 
 
 def _usable(text: str) -> bool:

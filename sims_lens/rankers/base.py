@@ -17,6 +17,7 @@ from functools import partial
 from numbers import Real
 from typing import Any, Final, Protocol, runtime_checkable
 
+from sims_lens.checks import one_line
 from sims_lens.data import Sample, by_prompt
 from sims_lens.errors import RankerError
 from sims_lens.prompts import quote
@@ -140,7 +141,7 @@ class CheckedRanker:
         except RankerError:
             raise
         except Exception as error:  # whatever a user's function raises is reported as the ranker's failure
-            raise RankerError(f"{where} raised {type(error).__name__}: {error}") from error
+            raise RankerError(f"{where} raised {type(error).__name__}: {one_line(error, 160)}") from error
 
 
 def as_ranker(ranker: object) -> CheckedRanker:

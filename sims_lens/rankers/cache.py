@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
+from sims_lens.checks import check_path
 from sims_lens.errors import RankerError
 from sims_lens.files import line, parsed
 from sims_lens.rankers.base import CheckedRanker, Item, as_ranker
@@ -53,7 +54,7 @@ class CachedRanker:
 
     def __init__(self, ranker: object, folder: str | Path, *, settings: Any = None) -> None:
         self.ranker = as_ranker(ranker)
-        self.path = Path(folder).expanduser() / JOURNAL
+        self.path = check_path(folder, RankerError).expanduser() / JOURNAL
         self.hits = self.misses = 0
         self._settings = settings
         if getattr(self.ranker, "steered", False):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from sims_lens.checks import check_path, one_line
 from sims_lens.errors import RankerError
 
 WANTED: Final = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -40,7 +41,7 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
     Raises:
         RankerError: there is no such folder or hub id, or its weights are pickled.
     """
-    folder = Path(path_or_id).expanduser()
+    folder = check_path(path_or_id, RankerError).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise RankerError(f"revision {revision!r}: {str(path_or_id)!r} is a folder, which has none; leave it out")
@@ -95,11 +96,6 @@ def at_least(smallest: int, **sizes: int) -> None:
     for name, value in sizes.items():
         if value < smallest:
             raise RankerError(f"{name} = {value} is less than {smallest}")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error, in one line."""
-    return " ".join(str(error).split()).rstrip(".") or repr(error)
 
 
 @contextmanager

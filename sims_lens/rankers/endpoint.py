@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import check_kind, is_number, shown
 from sims_lens.client import Client, in_parallel
 from sims_lens.errors import RankerError
 
@@ -94,6 +95,8 @@ class EndpointJudge:
         retries: int = 12,
         body: Mapping[str, Any] | None = None,
     ) -> None:
+        for name, text in (("base_url", base_url), ("model", model), ("criterion", criterion), ("template", template)):
+            check_kind(name, text, str, "give a text", RankerError)
         client = Client(
             base_url,
             "/chat/completions",
@@ -107,8 +110,10 @@ class EndpointJudge:
         lacking = sorted({"criterion", "prompt", "first", "second"} - set(_FIELD.findall(template)))
         if lacking:
             raise RankerError(f"the template lacks {', '.join(f'{{{name}}}' for name in lacking)}; put it in")
-        if concurrency < 1:
-            raise RankerError(f"concurrency = {concurrency} is not 1 or more")
+        if not is_number(concurrency) or concurrency < 1:
+            raise RankerError(f"concurrency = {shown(concurrency)} is not 1 or more")
+        if body is not None:
+            check_kind("body", body, Mapping, "give one such as {'temperature': 0.5}", RankerError)
         self.name = f"{model}({criterion})"
         self._request = {"model": model, "temperature": 0, "max_tokens": 8, "logprobs": True, "top_logprobs": 5}
         self._request = {key: value for key, value in (self._request | dict(body or {})).items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import check_list, shown
 from sims_lens.errors import RankerError
 from sims_lens.rankers.base import CheckedRanker, Item, as_ranker
 from sims_lens.rankers.fingerprint import settings_of
@@ -51,7 +52,12 @@ class Ensemble:
     pointwise = False
 
     def __init__(self, rankers: Weighted, *, name: str | None = None) -> None:
-        pairs = list(rankers.items()) if isinstance(rankers, Mapping) else list(rankers)
+        if isinstance(rankers, Mapping):
+            pairs = list(rankers.items())
+        else:
+            pairs = list(check_list("rankers", rankers, "[(ranker, 1.0)]", RankerError))
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise RankerError(f"an ensemble is of (ranker, weight), got {shown(pairs)}")
         if not pairs:
             raise RankerError("an ensemble of no rankers; give at least one")
         self.members: tuple[tuple[CheckedRanker, float], ...] = tuple(

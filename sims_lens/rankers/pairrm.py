@@ -8,9 +8,10 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float
 
+from sims_lens.checks import one_line
 from sims_lens.errors import RankerError
 from sims_lens.rankers.base import Item
-from sims_lens.rankers.checkpoint import at_least, device_of, locate, one_line, quiet
+from sims_lens.rankers.checkpoint import at_least, device_of, locate, quiet
 
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
 _IDS: Final = {SOURCE: "source_prefix_id", FIRST: "cand1_prefix_id", SECOND: "cand2_prefix_id"}
@@ -238,7 +239,7 @@ def _read(folder: Path, device: Any) -> tuple[Any, Any, Any]:
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
-            raise RankerError(f"the weights in {folder} aren't a PairRM's: {one_line(error)[:300]}") from error
+            raise RankerError(f"the weights in {folder} aren't a PairRM's: {one_line(error)}") from error
         module.to(device).eval().requires_grad_(False)
     return tokenizer, backbone, head
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sims_lens.checks import one_line
 from sims_lens.errors import RankerError
 from sims_lens.rankers.base import Item
-from sims_lens.rankers.checkpoint import at_least, device_of, locate, one_line, quiet
+from sims_lens.rankers.checkpoint import at_least, device_of, locate, quiet
 
 
 class RewardModel:

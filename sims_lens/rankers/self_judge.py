@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt, left_pad
+from sims_lens.checks import check_kind, shown
 from sims_lens.config import SamplingConfig
 from sims_lens.cost import TokenCount, forced_count
 from sims_lens.errors import RankerError
@@ -146,21 +147,22 @@ class SelfJudge:
         for name in ("criterion", "worse"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise RankerError(f"{name} must say something, such as 'more helpful'; got {value!r}")
+                raise RankerError(f"{name} must say something, such as 'more helpful'; got {shown(value)}")
         if self.aggregate not in ("mean", "bradley-terry"):
             raise RankerError(f"aggregate {self.aggregate!r} is not one of mean, bradley-terry")
         for name in ("calls", "permutations"):
             value = getattr(self, name)
             if (value is not None or name == "permutations") and (type(value) is not int or value < 1):
-                raise RankerError(f"{name} must be an integer of at least 1, got {value!r}")
+                raise RankerError(f"{name} must be an integer of at least 1, got {shown(value)}")
         for field in fields(self):
             forms = _ONLY_FOR.get(field.name, (self.form,))
             if self.form not in forms and getattr(self, field.name) != field.default:
                 raise RankerError(
-                    f"{field.name} = {getattr(self, field.name)!r} is an option of the form {' or '.join(forms)}, "
+                    f"{field.name} = {shown(getattr(self, field.name))} is an option of the form {' or '.join(forms)}, "
                     f"not of {self.form}; leave it out, or change the form"
                 )
         if self.template is not None:
+            check_kind("template", self.template, str, "give a text", RankerError)
             for name in _PLACEHOLDERS[self.form]:
                 if f"{{{name}}}" not in self.template:
                     needed = ", ".join(f"{{{p}}}" for p in _PLACEHOLDERS[self.form])
@@ -170,7 +172,9 @@ class SelfJudge:
             or len(self.verdicts) != 2
             or not all(isinstance(verdict, str) and verdict.strip() for verdict in self.verdicts)
         ):
-            raise RankerError(f"verdicts must be a tuple of two strings, such as ('A', 'B'); got {self.verdicts!r}")
+            raise RankerError(
+                f"verdicts must be a tuple of two strings, such as ('A', 'B'); got {shown(self.verdicts)}"
+            )
 
     @property
     def name(self) -> str:

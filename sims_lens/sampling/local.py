@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sims_lens.adapter import Adapter, adapt, left_pad
+from sims_lens.adapter import Adapter, adapt, check_lengths, left_pad
+from sims_lens.checks import check_integer, check_kind, check_list, check_seed
 from sims_lens.config import SamplingConfig
 from sims_lens.cost import TokenCount
 from sims_lens.data import Sample
-from sims_lens.errors import ModelError
+from sims_lens.errors import ModelError, PromptError
 from sims_lens.holders import holding
-from sims_lens.hooks import Steering, steering, steerings
+from sims_lens.hooks import Steering, check_plan, steering, steerings
 from sims_lens.plan import SteeringPlan
 from sims_lens.sampling.base import Drawn
 from sims_lens.sampling.decode import Decoder, Job, Row
@@ -53,8 +54,10 @@ class LocalSampler:
     """
 
     def __init__(self, model: Any, config: SamplingConfig | None = None) -> None:
+        adapt(model)
         self.model = model
-        self.config = config or SamplingConfig()
+        self.config = SamplingConfig() if config is None else config
+        check_kind("config", self.config, SamplingConfig, "make one, as SamplingConfig(max_new_tokens=40)")
         self.count = TokenCount()
         self.road = "not run yet"
         self._bodies: Bodies | None = None
@@ -175,8 +178,13 @@ class LocalSampler:
         skip: Drawn = (),
     ) -> Iterator[tuple[Sample, Reading | None]]:
         adapter, config = adapt(self.model), self.config
+        adapter.check_runs()
+        check_plan(plan)
+        check_integer("n, the responses to each prompt,", n, 0)
+        check_seed(seed)
         if encoded is None:
-            encoded = [adapter.encode(prompt) for prompt in prompts]
+            encoded = [adapter.encode(prompt) for prompt in check_list("prompts", prompts, "['Hello.']", PromptError)]
+        check_lengths(adapter, prompts, config.max_new_tokens, encoded)
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
         rows = [
             Row(i, k, uniforms(seed, prompts[i], k, config.max_new_tokens).tolist())
