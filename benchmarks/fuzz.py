@@ -34,7 +34,7 @@ MEMORY = 256 << 20
 """Bytes of address space that a case may take beyond what the process has."""
 
 SECONDS = 10.0
-"""That a case may take. A hundred times what the slowest takes by itself, on a machine with nothing else to do."""
+"""That a case may take: most take milliseconds, a report about one second, and the rest is room for a busy machine."""
 
 LARGE = (-1, 0, 1, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1, 10**30, 1e308, 1e999, -1e999)
 STRINGS = (
