@@ -8,9 +8,10 @@ UV := $(VENV)/bin/uv
 # uv does not read pip's configuration; this lets it use wheels that pip knows of (a CPU build of torch, say).
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+AUDIT ?= $(UV) tool run pip-audit
 install = $(UV) pip install --quiet --python $(PY) -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow lint docs figures constraints clean
+.PHONY: help demo test test-slow lint audit docs figures constraints clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +47,16 @@ docs: $(VENV)/.installed-docs ## the site, in docs/_build/html, offline; every w
 	@$(PY) -m doctest docs/extensions/*.py
 	@$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs docs/_build/html $(ARGS)
 	@echo "docs/_build/html/index.html"
+
+# It asks about every pinned package. A mirror without the database finds none of them, which must not read as "none known".
+audit: | $(UV) ## known vulnerabilities of the pinned packages; says so where no database can be reached
+	@pinned=$$(mktemp); trap "rm -f $$pinned" EXIT; grep -vE '^(#|$$)' $(CONSTRAINTS) > $$pinned; \
+	found=$$($(AUDIT) --requirement $$pinned --no-deps --disable-pip --progress-spinner off 2>&1); status=$$?; \
+	missed=$$(grep -c 'could not be audited' <<< "$$found"); grep -v 'could not be audited' <<< "$$found"; \
+	if grep -qE '^Found [0-9]+ known' <<< "$$found"; then exit 1; fi; \
+	if [ $$status -ne 0 ] || [ $$missed -gt $$(($$(wc -l < $$pinned) / 2)) ]; then \
+		echo "audit: no database of vulnerabilities can be reached from here; nothing was checked"; \
+	else echo "audit: $$missed packages could not be looked up"; fi
 
 figures: $(VENV)/.installed-dev ## docs/figures/*.png from a demo run (needs a Chromium on the machine)
 	@$(PY) benchmarks/figures.py $(ARGS)

@@ -7,6 +7,7 @@ behind the last one that counts.
 """
 
 import copy
+import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -817,18 +818,27 @@ def masked_mean(
 
 @contextmanager
 def listening(
-    adapter: Adapter, site: str, read: Callable[[int, Tensor], None], *, layers: Sequence[int] | None = None
+    adapter: Adapter,
+    site: str,
+    read: Callable[[int, Tensor], None],
+    *,
+    layers: Sequence[int] | None = None,
+    everywhere: bool = False,
 ) -> Iterator[None]:
     """Call ``read(layer, stream)`` for every block's value at a site, or some blocks', while the block is open.
+
+    What other threads run meanwhile is not read, unless with ``everywhere``.
 
     Plain forward hooks on TransformerLens' HookPoints: they see what hooks before them left, so a plan that is
     attached already has acted.
     """
-    handles = []
+    handles, own = [], threading.get_ident()
     try:
         for layer in range(adapter.n_layers) if layers is None else dict.fromkeys(layers):
 
             def hook(point: Any, _args: Any, output: Tensor, layer: int = layer) -> None:
+                if not everywhere and threading.get_ident() != own:
+                    return
                 conversion = getattr(point, "hook_conversion", None)
                 read(layer, output if conversion is None else conversion.convert(output))
 

@@ -268,13 +268,16 @@ class Adapter(ABC):
             stream: what the last of them gave for the very tokens that the pass inside is about.
         """
         blocks = [self.block(layer) for layer in range(layers)]
+        theirs = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
                 block.__dict__["forward"] = lambda *_args, **_kwargs: stream
             yield
         finally:
-            for block in blocks:
+            for block, forward in zip(blocks, theirs, strict=True):
                 block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.__dict__["forward"] = forward
 
     def response_logits(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[tuple[int, Sequence[int]]]
@@ -344,10 +347,12 @@ class HookedAdapter(Adapter):
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        module = self.block(layer)._modules.pop(name, None)
+        parts = self.block(layer)._modules
+        module = parts.get(name)  # taken out last, so that a second call does what an interrupted one did not
         for full_name, _ in module.named_modules(prefix=f"blocks.{layer}.{name}") if module else ():
             self.model.mod_dict.pop(full_name, None)
             self.model.hook_dict.pop(full_name, None)
+        parts.pop(name, None)
 
     def logits(
         self,
@@ -414,9 +419,11 @@ class BridgeAdapter(Adapter):
 
     def unregister(self, layer: int, name: str) -> None:
         """See :meth:`Adapter.unregister`."""
-        module = self.block(layer)._modules.pop(name, None)
+        parts = self.block(layer)._modules
+        module = parts.get(name)
         for child, _ in module.named_children() if module else ():
             self.model._hook_registry.pop(f"blocks.{layer}.{name}.{child}", None)
+        parts.pop(name, None)
 
     def logits(
         self,

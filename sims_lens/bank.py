@@ -41,7 +41,8 @@ from sims_lens.contrast import (
 from sims_lens.data import ContrastPair, Sample
 from sims_lens.errors import BankError, ConfigError
 from sims_lens.plan import SteeringPlan
-from sims_lens.stats import Interval, interval_from
+from sims_lens.stats import Interval
+from sims_lens.typed import read_as
 
 LIMIT = 10_000
 """Entries that a bank holds unless told otherwise: some MB as JSON. 100 prompts, K = 4 and T = 3 fill 1,200."""
@@ -241,7 +242,7 @@ class MemoryBank:
                 entries=tuple(_entry(row) for row in others),
                 seen=tuple(int(i) for i in head["seen"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BankError(f"the bank is damaged ({type(error).__name__}: {error}); start a new one") from error
         return bank.check(model=model, ranker=ranker, prompts=prompts)
 
@@ -370,8 +371,12 @@ class PairDiagnostics:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "PairDiagnostics":
-        """The diagnostics that :meth:`to_json` described."""
-        return cls(**{**data, "margins": tuple(data["margins"]), "length_gap": interval_from(data["length_gap"])})
+        """The diagnostics that :meth:`to_json` described.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 def diagnose(

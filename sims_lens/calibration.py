@@ -30,7 +30,8 @@ from sims_lens.progress import Progress
 from sims_lens.prompts import check_prompts
 from sims_lens.rankers import CheckedRanker, bound_ranker
 from sims_lens.sampling import LocalSampler
-from sims_lens.stats import Interval, bootstrap_mean, interval_from
+from sims_lens.stats import Interval, bootstrap_mean
+from sims_lens.typed import known_fields, read_as
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,14 +123,12 @@ class Point:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Point":
-        """The point that :meth:`to_json` described."""
-        return cls(
-            candidate=data["candidate"],
-            factor=data["factor"],
-            coefficient=data["coefficient"],
-            evaluation=Evaluation.from_json(data["evaluation"]),
-            perplexity_ratio=interval_from(data["perplexity_ratio"]),
-        )
+        """The point that :meth:`to_json` described.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 def best_within(points: Sequence[Point], budget: FluencyBudget) -> Point | None:
@@ -304,21 +303,11 @@ class Calibration:
         Args:
             data: what that returned.
             plan: the chosen plan, for instance ``SteeringPlan.load(path)``.
+
+        Raises:
+            ResultError: it is no such thing.
         """
-        calibration, report = data["prompts"]
-        return cls(
-            model=data["model"],
-            objective=data["objective"],
-            units=data["units"],
-            budget=FluencyBudget(**data["budget"]),
-            curve=tuple(Point.from_json(p) for p in data["curve"]),
-            report=Point.from_json(data["report"]) if data["report"] else None,
-            prompts=(calibration, report),
-            responses=data["responses"],
-            seed=data["seed"],
-            cost={phase: Cost.from_json(spent) for phase, spent in data["cost"].items()},
-            steering=plan,
-        )
+        return replace(read_as(cls, {**known_fields(cls, data), "steering": None}), steering=plan)  # type: ignore[no-any-return]
 
     def _is_chosen(self, point: Point) -> bool:
         chosen = self.chosen

@@ -6,6 +6,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -15,9 +16,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.errors import ConfigError
+from sims_lens.typed import read_as
 
 FILE = "tokens.safetensors"
 _FORMAT = "sims_lens.tokens"
+
+
+@dataclass(frozen=True)
+class _About:
+    layers: tuple[int, ...]
+    site: str
+    model: str
 
 
 class StoredTokens(Sequence[Tensor]):
@@ -45,23 +54,29 @@ class StoredTokens(Sequence[Tensor]):
                 if length > 1 << 20:
                     raise ValueError("its header is too long")
                 header = json.loads(file.read(length))
-                about = json.loads(header["__metadata__"][_FORMAT])
-                tokens, starts = header["tokens"], header["starts"]
-                file.seek(8 + length + starts["data_offsets"][0])
-                self._starts = np.frombuffer(file.read(8 * starts["shape"][0]), dtype="<i8").tolist()
-            self._shape = tuple(int(n) for n in tokens["shape"])
-            self._offset = 8 + length + tokens["data_offsets"][0]
-            if self.path.stat().st_size != self._offset + 4 * _product(self._shape):
-                raise ValueError("its length is not what its header says")
+                about = read_as(_About, json.loads(header["__metadata__"][_FORMAT]))
+                self._shape = read_as(tuple[int, int, int], header["tokens"]["shape"], "the shape of tokens")
+                (rows,) = read_as(tuple[int], header["starts"]["shape"], "the shape of starts")
+                size, index = 4 * _product(self._shape), 8 * rows
+                self._offset = 8 + length + index
+                # all lengths are known now: nothing is asked of the memory that the file does not hold
+                if min(*self._shape, rows - 1) < 0 or self.path.stat().st_size != self._offset + size:
+                    raise ValueError("its length is not what its header says")
+                if [header[name]["data_offsets"] for name in ("starts", "tokens")] != [
+                    [0, index],
+                    [index, index + size],
+                ]:
+                    raise ValueError("its parts are not where its header says")
+                self._starts = np.frombuffer(file.read(index), dtype="<i8").tolist()
+            if self._starts[0] != 0 or self._starts[-1] != self._shape[0] or self._starts != sorted(self._starts):
+                raise ValueError("its rows do not follow one another")
         except OSError as error:
             raise ConfigError(f"cannot read {self.path}: {error.strerror or error}; check the path") from error
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
             raise ConfigError(
                 f"{self.path} is not a file of captured tokens ({error!r}); write one with capture_tokens(..., out=)"
             ) from error
-        self.layers: tuple[int, ...] = tuple(about["layers"])
-        self.site: str = about["site"]
-        self.model: str = about["model"]
+        self.layers, self.site, self.model = about.layers, about.site, about.model
 
     @property
     def nbytes(self) -> int:

@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg
 
 from sims_lens.config import GuardConfig, SamplingConfig, SIMSConfig
 from sims_lens.errors import ConfigError, ExportError, FitError, PlanError, SimsError
+from sims_lens.terminal import plain, say
 
 if TYPE_CHECKING:
     from sims_lens.plan import SteeringPlan
@@ -139,8 +140,8 @@ class Plan:
             sampler=self.sampler,
         )
         found = forecast(work, machine, gpus=self.gpus)
-        print(found)
-        print(f"  machine: {machine.source}")
+        say(found)
+        say(f"  machine: {machine.source}")
         return found.to_json()
 
 
@@ -189,7 +190,7 @@ class Compare:
         prompts = read_prompts(self.prompts)
         pairs = () if self.pairs is None else read_pairs(self.pairs)
         ranker, evaluator = _Judges(self.ranker, self.criterion, self.evaluator).load()
-        print(f"loading {self.model} ...", file=sys.stderr, flush=True)
+        say(f"loading {self.model} ...", file=sys.stderr)
         found = compare(
             load(self.model, revision=self.revision, kind=self.kind),
             prompts,
@@ -201,7 +202,7 @@ class Compare:
             config=self.config,
             out=self.out,
         )
-        print(found)
+        say(found)
         if self.html is not None:
             _page(self.html, found)
         return found.to_json()
@@ -250,14 +251,14 @@ class Fit:
         pairs = read_pairs(self.pairs)
         if not self.out.parent.is_dir():
             raise PlanError(f"folder {self.out.parent} does not exist; create it first")
-        print(f"loading {self.model} ...", file=sys.stderr, flush=True)
+        say(f"loading {self.model} ...", file=sys.stderr)
         model = load(self.model, revision=self.revision, kind=self.kind)
         found = fit(model, pairs, estimator=ESTIMATORS[self.estimator](), site=self.site, seed=self.seed)
         plan = found.plan(self.layers or None, coefficient=self.coefficient, scope=scope)
         plan.save(self.out)
-        print(found)
-        print(f"\n{plan}\n\nsaved: {self.out}")
-        print(f'try it:  sims-lens generate --run {self.out} --prompt "Tell me about the sea."')
+        say(found)
+        say(f"\n{plan}\n\nsaved: {self.out}")
+        say(f'try it:  sims-lens generate --run {self.out} --prompt "Tell me about the sea."')
         return {
             "plan": str(self.out),
             "layers": list(plan.layers),
@@ -307,7 +308,7 @@ class Export:
             raise ExportError(f"format {self.to!r} is not one of {', '.join(formats)}, alpaca-eval, arena-hard")
         plan, model = _planned(self.run_dir, self.model, self.kind)
         done = formats[self.to](model, plan.on("all") if self.all_tokens else plan, self.out)
-        print(done)
+        say(done)
         return {"path": str(done.path), "format": done.format, "error": done.error, "tokens": done.tokens}
 
     def _responses(self) -> dict[str, Any]:
@@ -321,7 +322,7 @@ class Export:
             path = export.to_alpaca_eval(found, self.out)
         else:
             path = export.to_arena_hard(found, self.out, questions=self.questions)
-        print(f"{len(found.prompts)} responses for {self.to} at {path}")
+        say(f"{len(found.prompts)} responses for {self.to} at {path}")
         return {"path": str(path), "format": self.to, "responses": len(found.prompts)}
 
 
@@ -371,8 +372,8 @@ class Generate:
             for base, steered in zip(answers["base"], answers["steered"], strict=True)
         ]
         for row in rows:
-            print(f"\n{plain(str(row['prompt']))}")
-            print(f"  base     {plain(str(row['base']))}\n  steered  {plain(str(row['steered']))}")
+            say(f"\n{plain(str(row['prompt']))}")
+            say(f"  base     {plain(str(row['base']))}\n  steered  {plain(str(row['steered']))}")
         return {"plan": repr(plan), "scale": self.scale, "seed": self.seed, "responses": rows}
 
 
@@ -410,7 +411,6 @@ class Sweep:
         """Sweep, and show the table."""
         from sims_lens.analysis import layer_sweep
         from sims_lens.prompts import read_prompts
-        from sims_lens.rankers import get_ranker
         from sims_lens.run import open_run
         from sims_lens.supervised import read_pairs
 
@@ -419,7 +419,7 @@ class Sweep:
         if self.run_dir.is_file() and self.pairs is None and self.ranker is None:
             raise PlanError("give --pairs or --ranker: a plan file holds no texts to measure on")
         _check_page(self.html)
-        ranker = None if self.ranker is None else get_ranker(self.ranker)
+        ranker = None if self.ranker is None else _ranker(self.ranker)
         pairs = None if self.pairs is None else read_pairs(self.pairs)
         prompts = None if self.prompts is None else read_prompts(self.prompts)
         plan, model = _planned(self.run_dir, self.model, self.kind)
@@ -434,7 +434,7 @@ class Sweep:
             out=self.out,
             seed=self.seed,
         )
-        print(found)
+        say(found)
         if self.html is not None:
             _page(self.html, found)
         return found.to_json()
@@ -462,7 +462,7 @@ class Report:
 
         run = open_run(self.run_dir)
         path = write_report(run, self.out, analyses=_microscope(run, self.model) if self.microscope else ())
-        print(f"report: {path}")
+        say(f"report: {path}")
         return {**summary(run), "report": str(path)}
 
 
@@ -513,10 +513,19 @@ def _check_page(path: Path | None) -> None:
 def _page(path: Path, result: object) -> None:
     """The figures of a result as one page."""
     from sims_lens.plots import figures
+    from sims_lens.report import write_figures
 
-    drawn = [f.to_html(full_html=False, include_plotlyjs=k == 0) for k, f in enumerate(figures(result))]
-    path.write_text(f'<!DOCTYPE html><meta charset="utf-8">{"".join(drawn)}', encoding="utf-8")
-    print(f"figures: {path}")
+    say(f"figures: {write_figures(figures(result), path, title=f'{type(result).__name__} by sims_lens')}")
+
+
+def _ranker(name: str) -> object:
+    """A ranker by its name. A module of the user's is looked for in the folder at hand too, and there last: a file that
+    lies there, with a run from a stranger, must not be taken for an installed package."""
+    from sims_lens.rankers import get_ranker
+
+    if ":" in name and "" not in sys.path:
+        sys.path.append("")
+    return get_ranker(name)
 
 
 @dataclass(frozen=True)
@@ -529,11 +538,10 @@ class _Judges:
 
     def load(self) -> tuple[object, object | None]:
         """The ranker and the evaluator."""
-        from sims_lens.rankers import get_ranker
         from sims_lens.rankers.self_judge import SelfJudge
 
-        ranker = SelfJudge(self.criterion) if self.ranker == "self" else get_ranker(self.ranker)
-        return ranker, None if self.evaluator is None else get_ranker(self.evaluator)
+        ranker = SelfJudge(self.criterion) if self.ranker == "self" else _ranker(self.ranker)
+        return ranker, None if self.evaluator is None else _ranker(self.evaluator)
 
 
 def _improve(
@@ -547,19 +555,19 @@ def _improve(
 ) -> dict[str, Any]:
     """What ``demo`` and ``improve`` share. The rankers are looked up first: they are the cheapest to get wrong."""
     ranker, evaluator = judges.load()
-    print(f"loading {model} ...", file=sys.stderr, flush=True)
+    say(f"loading {model} ...", file=sys.stderr)
     from sims_lens.loop import improve
     from sims_lens.models import load
     from sims_lens.report import write_report
 
     loaded = load(model, revision=revision, kind=kind)
     if (out / "run.json").is_file():
-        print(f"{out} holds this run already: going on where it stopped", file=sys.stderr)
+        say(f"{out} holds this run already: going on where it stopped", file=sys.stderr)
     run = improve(loaded, prompts, ranker=ranker, evaluator=evaluator, config=config, out=out)
-    print(run)
-    print(f"\n{examples(run)}\n")
-    print(f"report: {write_report(run)}")
-    print(f'try it:  sims-lens generate --run {out} --prompt "Tell me about the sea."')
+    say(run)
+    say(f"\n{examples(run)}\n")
+    say(f"report: {write_report(run)}")
+    say(f'try it:  sims-lens generate --run {out} --prompt "Tell me about the sea."')
     return summary(run)
 
 
@@ -600,19 +608,8 @@ def summary(run: "Run") -> dict[str, Any]:
     }
 
 
-def plain(text: str) -> str:
-    r"""Text on one line with its control characters shown, not obeyed: a response can't drive the terminal.
-
-    >>> plain("a\x1b[31mb\nc")
-    'a\\x1b[31mb c'
-    """
-    joined = " ".join(text.split("\n"))
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    sys.path.insert(0, "")  # as `python -m` does, so that --ranker my_module:function finds a module beside you
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -626,9 +623,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.json is not None:
             command.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
     except SimsError as error:
-        print(f"error: {plain(str(error))}", file=sys.stderr)
+        say(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; give the same command again to go on", file=sys.stderr)
+        say("\ninterrupted; give the same command again to go on", file=sys.stderr)
         return 130
     return 0

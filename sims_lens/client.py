@@ -32,6 +32,7 @@ _FIRST_WAIT: Final = 0.5  # seconds before the first retry, doubled each time
 _LAST_WAIT: Final = 15.0  # the doubling ends here
 _LONGEST_WAIT: Final = 120.0  # a server that asks for more has closed for the day
 _MOST_BYTES: Final = 16 << 20
+_LONGEST_CALLS: Final = 10  # timeouts that an answer may take in all: one that drips never stands still
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -148,7 +149,7 @@ class Client:
         request = Request(self.url, json.dumps(body).encode(), headers, method="POST")
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                data = response.read(_MOST_BYTES)
+                data = _body(response, time.monotonic() + _LONGEST_CALLS * self._timeout)
         except HTTPError as error:
             with error:
                 raise _refusal(error, key) from None
@@ -162,11 +163,7 @@ class Client:
             if isinstance(reason, TimeoutError):
                 raise _FailureError(f"didn't answer within {self._timeout:g} s") from None
             raise _FailureError(f"couldn't be reached, or broke off ({kind})") from None
-        try:
-            answer = read(json.loads(data))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            answer = None
-        if answer is None:
+        if (answer := _read(data, read)) is None:
             raise _FailureError(f"gave an answer that is no {what} in JSON")
         return answer
 
@@ -295,6 +292,26 @@ class _NoRedirect(HTTPRedirectHandler):
 def _opener(local: bool) -> OpenerDirector:
     """No redirects; and no proxy between this machine and itself, which would read the key."""
     return build_opener(_NoRedirect(), *([ProxyHandler({})] if local else []))
+
+
+def _body(response: Any, end: float) -> bytes:
+    """What an answer holds, if it isn't too long and doesn't take too long."""
+    data = b""
+    while block := response.read1(1 << 16):
+        data += block
+        if len(data) > _MOST_BYTES:
+            raise _FailureError(f"gave an answer of more than {_MOST_BYTES >> 20} MiB", final=True)
+        if time.monotonic() > end:
+            raise _FailureError("didn't come to an end with its answer")
+    return data
+
+
+def _read(data: bytes, read: Callable[[Any], Answer | None]) -> Answer | None:
+    """What is read from an answer in JSON; None if it isn't one, or of another shape."""
+    try:
+        return read(json.loads(data))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 def _refusal(error: HTTPError, key: str) -> _FailureError:

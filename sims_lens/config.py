@@ -75,7 +75,7 @@ class SamplingConfig:
             _positive_int("batch_rows", self.batch_rows)
         _number("min_p", self.min_p, 0.0, 1.0)
         stop = self.stop
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
             raise ConfigError(f'stop must be a tuple of strings, such as ("\\n\\n",), got {stop!r}')
         object.__setattr__(self, "stop", tuple(stop))
         if self.dtype is not None and self.dtype not in get_args(Dtype):
@@ -183,16 +183,16 @@ class SteeringConfig:
         if self.compose not in get_args(Compose):
             raise ConfigError(f"compose must be one of {', '.join(get_args(Compose))}, got {self.compose!r}")
         if self.layers != "auto":
-            if isinstance(self.layers, (str, int)) or not self.layers:
+            if not isinstance(self.layers, (tuple, list)) or not self.layers:
                 raise ConfigError(f'layers must be "auto" or a tuple such as (22,), got {self.layers!r}')
             object.__setattr__(self, "layers", tuple(self.layers))
             for layer in self.layers:
                 _positive_int("a layer", layer, low=0)
             if len(set(self.layers)) < len(self.layers):
                 raise ConfigError(f"layers are named twice in {self.layers!r}")
+        if not isinstance(self.candidates, (tuple, list)) or not self.candidates:
+            raise ConfigError(f"candidates must be fractions of the depth, such as (0.75,), got {self.candidates!r}")
         object.__setattr__(self, "candidates", tuple(self.candidates))
-        if not self.candidates:
-            raise ConfigError("candidates must hold at least one fraction of the depth, such as (0.75,)")
         for fraction in self.candidates:
             _number("a candidate", fraction, 0.0, 1.0)
 
@@ -311,6 +311,8 @@ class SIMSConfig:
         Raises:
             ConfigError: a name is unknown or a value is out of range.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a SIMSConfig is an object with settings by name, got a {type(data).__name__}")
         parts = {f.name: f.default_factory for f in fields(cls)[2:]}
         values: dict[str, Any] = {}
         for name, value in data.items():
@@ -321,11 +323,16 @@ class SIMSConfig:
             if name in parts:
                 kind: Any = parts[name]
                 known = {f.name for f in fields(kind)}
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{name!r} is an object with settings by name, got a {type(value).__name__}")
                 if unknown := set(value) - known:
                     raise ConfigError(
                         f"unknown settings {sorted(unknown)} in {name!r}; it has {', '.join(sorted(known))}"
                     )
-                value = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                try:
+                    value = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+                except TypeError as error:  # lists within lists
+                    raise ConfigError(f"{name!r} has a value of a type that no setting is of ({error})") from error
             values[name] = value
         return cls(**values)
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sims_lens.typed import known_fields, read_as
+
 
 @dataclass
 class TokenCount:
@@ -120,9 +122,12 @@ class Cost:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Cost":
-        """The inverse of :meth:`to_json`; what an earlier version did not write is 0."""
-        whole = {name: int(data.get(name, 0)) for name in ("calls", "prefill", "decode", "peak")}
-        return cls(**whole, seconds=float(data.get("seconds", 0.0)), flops=float(data.get("flops", 0.0)))
+        """The inverse of :meth:`to_json`; what an earlier version did not write is 0.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, known_fields(cls, data))  # type: ignore[no-any-return]
 
 
 JUDGING = ("audit", "rank", "evaluator")

@@ -22,11 +22,13 @@ class Memory:
     samples: list[Sample] = field(default_factory=list)
     pairs: tuple[ContrastPair, ...] = ()
 
-    def recent(self, t: int, iterations: int | None) -> MemoryBank:
-        """The bank without what is older than ``iterations`` turns."""
+    def add(self, samples: Sequence[Sample], t: int, plan: str, iterations: int | None) -> MemoryBank:
+        """The bank with an iteration's responses, and without what is older than ``iterations`` turns: nobody looks at
+        that again, and in a full bank it would push out what is new."""
         oldest = 1 if iterations is None else t - iterations + 1
         kept = tuple(entry for entry in self.bank.entries if entry.iteration >= oldest)
-        return replace(self.bank, entries=kept)
+        self.bank = replace(self.bank, entries=kept).add(samples, iteration=t, plan=plan)
+        return self.bank
 
 
 @dataclass(frozen=True, eq=False)

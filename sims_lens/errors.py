@@ -41,6 +41,10 @@ class DamagedError(RunError):
     """A file of a run directory is not what was written."""
 
 
+class ResultError(SimsError, ValueError):
+    """A result can't be read back from JSON: it is damaged, or something else."""
+
+
 class TooFewPairsError(RunError):
     """The ranker hardly tells the responses of an iteration apart: there is nothing to fit to."""
 

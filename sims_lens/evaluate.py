@@ -22,12 +22,12 @@ from sims_lens.stats import (
     Interval,
     bootstrap_mean,
     distinct_ratio,
-    interval_from,
     length_controlled_win_rate,
     sign_flip_p,
     win_probability,
 )
 from sims_lens.twin import response_logits
+from sims_lens.typed import read_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ class Effect:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Effect":
-        """The inverse of :meth:`to_json`; what an earlier version did not write is None."""
-        return cls(**_figures(data))
+        """The inverse of :meth:`to_json`; what an earlier version did not write is None.
 
-
-def _figures(data: dict[str, Any]) -> dict[str, Any]:
-    return {name: interval_from(value) if isinstance(value, list) else value for name, value in data.items()}
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,12 @@ class Evaluation(Effect):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Evaluation":
-        """The inverse of :meth:`to_json`."""
-        other = data.get("independent")
-        return cls(**_figures(data) | {"independent": Effect.from_json(other) if other else None})
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 def evaluate(samples: Sequence[Sample], base: Sequence[Sample], *, seed: int = 0) -> Evaluation:

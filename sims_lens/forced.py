@@ -5,6 +5,7 @@ touches (the prompt up to its last token) are run once and kept in a KV cache, a
 every block is recorded, so that a run which changes the model from layer l on starts at layer l.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -159,11 +160,15 @@ def _batch(model: Any, adapter: Adapter, rows: Sequence[Row], chosen: list[int],
             adapter.logits(once, once_mask, keep=1, cache=cache)
             index = torch.tensor([unique.index(tuple(rows[i][0])) for i in chosen], device=adapter.device)
             cache = adapter.select_rows(cache, index)
-        handles = [
-            adapter.block(layer).register_forward_hook(lambda _block, _args, output: streams.append(_stream(output)))
-            for layer in range(adapter.n_layers)
-        ]
+        own, handles = threading.get_ident(), []
+
+        def record(_block: Any, _args: Any, output: Any) -> None:
+            if threading.get_ident() == own:
+                streams.append(_stream(output))
+
         try:
+            for layer in range(adapter.n_layers):
+                handles.append(adapter.block(layer).register_forward_hook(record))
             forked = None if cache is None else adapter.fork(cache)
             logits = adapter.logits(tokens[:, start:], mask, keep=width, cache=forked)
         finally:

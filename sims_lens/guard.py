@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from sims_lens.config import GuardConfig
-from sims_lens.stats import Interval, interval_from
+from sims_lens.stats import Interval
+from sims_lens.typed import known_fields, read_as
 
 Action = Literal["accept", "go on", "roll back"]
 
@@ -62,9 +63,12 @@ class Checks:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Checks":
-        """What :meth:`to_json` described."""
-        given: dict[str, Any] = {n: interval_from(v) if isinstance(v, list) else v for n, v in data.items()}
-        return cls(**given)
+        """What :meth:`to_json` described.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,12 @@ class Decision:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Decision":
-        """What :meth:`to_json` described."""
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{**known, "checks": Checks.from_json(data["checks"])})
+        """What :meth:`to_json` described; what a later version added is left out.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, known_fields(cls, data))  # type: ignore[no-any-return]
 
 
 def decide(

@@ -9,6 +9,9 @@ Each steered site gets one small module in its block, with three HookPoints of i
 They are listed in ``model.hook_dict`` and behave like any of TransformerLens' own: cache them, patch them, ablate
 them. The stream that goes on is ``hook_pre + hook_delta``, so a zeroed ``hook_delta`` is bitwise the unsteered
 model. Everything is undone when the block ends, however it ends.
+
+A plan acts on whoever runs the model. One thread at a time can attach plans to a model (:mod:`sims_lens.holders`);
+others may run it meanwhile, steered.
 """
 
 import html
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 from sims_lens.activations import residual_norms
 from sims_lens.adapter import Adapter, adapt, cached_length
 from sims_lens.errors import ModelError, PlanError
+from sims_lens.holders import hold, release
 from sims_lens.plan import Intervention, SteeringPlan
 from sims_lens.scope import TRACKER, Region, TokenScope, regions_at
 from sims_lens.sites import check_layer, steer_name
@@ -60,7 +64,7 @@ class TokenTracker:
     """
 
     def __init__(self) -> None:
-        self.users = 0
+        self.users: list[Steering] = []
         self._handle: Any = None
         self._now = _Pass()
 
@@ -167,10 +171,10 @@ class TokenTracker:
 
     # One tracker per model, kept with the hooks that feed it
 
-    def attach(self, adapter: Adapter) -> None:
-        """Start listening; counts its users, so that nested plans share it."""
-        self.users += 1
-        if self.users > 1:
+    def attach(self, user: "Steering", adapter: Adapter) -> None:
+        """Start listening for the first user; nested plans share it."""
+        self.users.append(user)
+        if len(self.users) > 1:
             return
         self._handle = adapter.block(0).register_forward_pre_hook(self.before_block, with_kwargs=True)
         own = adapter.model.__dict__
@@ -178,18 +182,23 @@ class TokenTracker:
             if hasattr(type(adapter.model), name):
                 own[name] = _Generation(getattr(adapter.model, name), self, replaces=own.get(name))
 
-    def detach(self, adapter: Adapter) -> None:
+    def detach(self, user: "Steering", adapter: Adapter) -> None:
         """Stop listening when the last user leaves."""
-        self.users -= 1
-        if self.users:
-            return
-        self._handle.remove()
-        own = adapter.model.__dict__
-        for name in _GENERATORS:
-            if isinstance(own.get(name), _Generation):
-                replaced = own.pop(name).replaces
-                if replaced is not None:
-                    own[name] = replaced
+        if all(each is user for each in self.users):
+            if self._handle is not None:
+                self._handle.remove()
+            own = adapter.model.__dict__
+            for name in _GENERATORS:
+                if isinstance(own.get(name), _Generation) and own[name].tracker is self:
+                    replaced = own[name].replaces
+                    if replaced is None:
+                        del own[name]
+                    else:
+                        own[name] = replaced
+            if own.get(TRACKER) is self:
+                del own[TRACKER]
+        if user in self.users:
+            self.users.remove(user)
 
 
 class _Generation:
@@ -262,6 +271,11 @@ class SteeringModule(nn.Module):
             return self(output)  # type: ignore[no-any-return]
         return conversion.revert(self(conversion.convert(output)))  # type: ignore[no-any-return]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SteeringModule":
+        """The vectors go where the model goes, and stay what they are: ``model.to(torch.bfloat16)`` inside the block
+        gives what attaching to a bfloat16 model gives."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call,no-any-return]
+
     def extra_repr(self) -> str:
         """The interventions, for ``print(model)``."""
         return "; ".join(i.describe() for i in self.interventions)
@@ -274,7 +288,7 @@ class Steering:
         self.plan = plan
         self.attached = False
         self._adapter = adapt(model)
-        self._tracker: TokenTracker = model.__dict__.get(TRACKER) or TokenTracker()
+        self._tracker = TokenTracker()
         self._sites: list[tuple[int, str, Any, Any]] = []
 
     @property
@@ -296,29 +310,34 @@ class Steering:
         return self._tracker.prompt(columns)
 
     def detach(self) -> None:
-        """Take the plan off again: names, hooks and logits are as before. A second call does nothing."""
+        """Take the plan off again: names, hooks and logits are as before. A second call does nothing; after one that
+        was interrupted it does the rest."""
         if not self.attached:
             return
-        self.attached = False
-        for layer, name, point, handle in reversed(self._sites):
-            handle.hook.remove()
+        while self._sites:
+            layer, name, point, handle = self._sites[-1]
+            if handle.hook is not None:
+                handle.hook.remove()
             point.fwd_hooks = [h for h in point.fwd_hooks if h is not handle]
             self._adapter.unregister(layer, name)
-        self._sites = []
-        self._tracker.detach(self._adapter)
-        if not self._tracker.users:
-            self._adapter.model.__dict__.pop(TRACKER, None)
+            self._sites.pop()
+        self._tracker.detach(self, self._adapter)
+        release(self._adapter.model, id(self))
+        self.attached = False
 
     def _attach(self) -> None:
         from transformer_lens.hook_points import LensHandle
 
+        model = self._adapter.model
+        self.attached = True
+        hold(model, id(self), name=self._adapter.name)  # first: whoever looks through the model must not see it change
+        self.plan = resolve(model, self.plan)
         grouped: dict[tuple[int, str], list[Intervention]] = {}
         for intervention in self.plan.interventions:
             grouped.setdefault((intervention.layer, intervention.site), []).append(intervention)
         points = {where: self._adapter.point(*where) for where in grouped}
-        self.attached = True
-        self._tracker.attach(self._adapter)
-        self._adapter.model.__dict__[TRACKER] = self._tracker
+        self._tracker = model.__dict__.setdefault(TRACKER, self._tracker)
+        self._tracker.attach(self, self._adapter)
         for (layer, site), interventions in grouped.items():
             block = self._adapter.block(layer)
             depth = 1
@@ -328,9 +347,10 @@ class Steering:
             module = SteeringModule(interventions, self._tracker).train(self._adapter.model.training)
             module.to(next(block.parameters()).device)
             point = points[layer, site]
-            handle = LensHandle(point.register_forward_hook(module.at_point), is_permanent=True)
-            point.fwd_hooks.append(handle)
+            handle = LensHandle(None, is_permanent=True)
             self._sites.append((layer, name, point, handle))  # first, so that half a registration is undone too
+            handle.hook = point.register_forward_hook(module.at_point)
+            point.fwd_hooks.append(handle)
             self._adapter.register(layer, name, module)
 
     def __repr__(self) -> str:
@@ -344,7 +364,7 @@ class Steering:
 
 def attach(model: Any, plan: SteeringPlan) -> Steering:
     """Attach a plan until ``detach()`` is called on what is returned. See :func:`steering`."""
-    steered = Steering(model, resolve(model, plan))
+    steered = Steering(model, plan)
     try:
         steered._attach()
     except BaseException:
@@ -353,9 +373,22 @@ def attach(model: Any, plan: SteeringPlan) -> Steering:
     return steered
 
 
+def steerings(model: Any) -> tuple[Steering, ...]:
+    """The plans that are attached to a model now, outermost first.
+
+    A copy that was made with ``copy.deepcopy`` inside a ``with`` block has steering of its own, which no block ends:
+    ``for each in steerings(model): each.detach()``.
+    """
+    tracker: TokenTracker | None = model.__dict__.get(TRACKER)
+    return () if tracker is None else tuple(tracker.users)
+
+
 @contextmanager
 def steering(model: Any, plan: SteeringPlan) -> Iterator[Steering]:
     """Steer a model inside a ``with`` block; any TransformerLens call in it is steered.
+
+    ``model.reset_hooks()`` inside keeps the plan and drops the user's hooks; with ``including_permanent=True`` it drops
+    the plan's too, until the block ends.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
@@ -369,13 +402,18 @@ def steering(model: Any, plan: SteeringPlan) -> Iterator[Steering]:
 
     Raises:
         PlanError: the plan is for another model, another width, or a layer or site that the model has not.
-        ModelError: the model is of an unknown kind.
+        ModelError: the model is of an unknown kind, or another thread has a plan attached to it or is drawing from it.
     """
-    steered = attach(model, plan)
-    try:
+    steered = Steering(model, plan)
+    try:  # nothing between attaching and here that Ctrl-C could hit
+        steered._attach()
         yield steered
     finally:
-        steered.detach()
+        try:
+            steered.detach()
+        except BaseException:  # or in here
+            steered.detach()
+            raise
 
 
 def resolve(model: Any, plan: SteeringPlan) -> SteeringPlan:

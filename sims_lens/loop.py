@@ -198,9 +198,9 @@ class _Loop(Workbench):
             n = allocate(shrunk_spread(memory.samples), budget=config.sampling.responses * len(self.indices("train")))
         judging = steering(self.model, plan) if getattr(self.ranker, "steered", False) else nullcontext()
         samples = self.ranked(folder, "samples", "train", plan, n=n, seed=seed, what=name, judging=judging)
-        memory.samples += samples
-        memory.bank = memory.bank.add(samples, iteration=t, plan=plan_digest(plan))
-        bank = memory.recent(t, config.contrast.memory)
+        if config.sampling.allocation == "spread":
+            memory.samples += samples
+        bank = memory.add(samples, t, plan_digest(plan), config.contrast.memory)
         if len({e.iteration for e in bank.entries}) > 1 and compares(self.ranker):
             bank = self.reranked(folder, bank, name)
         contrast = select_pairs(

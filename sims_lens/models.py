@@ -241,6 +241,11 @@ def _read(folder: Path, dtype: torch.dtype | None) -> tuple[Any, Any]:
         )
         tokenizer = _tokenizer(folder)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{folder} needs Python code that comes with it, which is never run: it could do anything; take a "
+                "model whose architecture transformers has itself"
+            ) from error
         raise ModelError(f"transformers can't read {folder} as a causal language model: {_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; get a complete checkpoint")
@@ -383,11 +388,14 @@ def _convert(gguf: Path, folder: Path) -> None:
     with _quiet(), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name
         with redirect_stderr(io.StringIO()):  # a progress bar of its own
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+            )
         model.hf_quantizer = None  # the weights are dequantised now, so the checkpoint is a plain one
         del model.config.quantization_config
         model.save_pretrained(made)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.save_pretrained(made)
         hashes = {path.name: _sha256(path) for path in sorted(made.iterdir())}
         (made / MANIFEST).write_text(json.dumps({"gguf": EMBEDDED_SHA256, "files": hashes}, indent=2))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -399,7 +407,7 @@ def _intact(folder: Path) -> bool:
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["files"]
         return all(_sha256(folder / name) == expected for name, expected in hashes.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

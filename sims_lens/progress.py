@@ -3,6 +3,8 @@
 import warnings
 from types import TracebackType
 
+from sims_lens.terminal import plain
+
 with warnings.catch_warnings():
     # In a notebook without ipywidgets it says so on import, and then writes the bar as text, which is as good.
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -22,7 +24,7 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """Say what is happening now."""
-        self._bar.set_description_str(text)
+        self._bar.set_description_str(plain(text))
 
     def advance(self, count: int = 1) -> None:
         """Count responses as done."""

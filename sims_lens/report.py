@@ -74,17 +74,38 @@ def render(run: Run, analyses: Sequence[object] = ()) -> str:
         run: finished or not.
         analyses: see :func:`write_report`.
     """
-    from plotly.offline import get_plotlyjs
-
     figures: dict[str, go.Figure] = {}
     body = "\n".join(_sections(run, figures, analyses))
+    return _page(f"{run.model.model or 'A model'}, steered by {run.ranker}", body, figures)
+
+
+def write_figures(drawn: "Iterable[go.Figure]", path: str | Path, *, title: str) -> Path:
+    """Write figures as one HTML page that needs no network, under the same policy as a report: no other script runs.
+
+    Args:
+        drawn: the figures, one below the other.
+        path: where to write.
+        title: of the page, plain text.
+
+    Returns:
+        Where it was written.
+    """
+    figures: dict[str, go.Figure] = {}
+    body = "\n".join(_place(f"figure-{k}", figure, figures) for k, figure in enumerate(drawn))
+    write_bytes(Path(path), _page(title, body, figures).encode("utf-8", "replace"))
+    return Path(path)
+
+
+def _page(title: str, body: str, figures: "dict[str, go.Figure]") -> str:
+    """A whole page; ``body`` is HTML, and each figure has its place in it."""
+    from plotly.offline import get_plotlyjs
+
     scripts = [get_plotlyjs(), _drawing(figures)] if figures else []
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-    title = f"{run.model.model or 'A model'}, steered by {run.ranker}"
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -110,18 +131,21 @@ def render(run: Run, analyses: Sequence[object] = ()) -> str:
     )
 
 
+def _place(name: str, figure: "go.Figure", figures: "dict[str, go.Figure]") -> str:
+    """Where a figure will be drawn; it goes into ``figures`` by the id of its place."""
+    figures[name] = figure
+    label = escape(figure.layout.title.text or "", quote=True)
+    size = f"max-width: {figure.layout.width}px; height: {figure.layout.height}px"
+    figure_html = f'<div class="figure" id="{name}" role="img" aria-label="{label}" style="{size}"></div>'
+    return f'<div class="scroll">{figure_html}</div>'
+
+
 def _sections(run: Run, figures: "dict[str, go.Figure]", analyses: Sequence[object]) -> Iterator[str]:
     """The page's parts in order; each figure that they place goes into ``figures``, by the id of its place."""
     from sims_lens import plots
 
     def place(name: str, figure: "go.Figure") -> str:
-        figures[name] = figure
-        label = escape(figure.layout.title.text, quote=True)
-        size = f"max-width: {figure.layout.width}px; height: {figure.layout.height}px"
-        return (
-            f'<div class="scroll"><div class="figure" id="{name}" role="img" aria-label="{label}" style="{size}"></div>'
-            "</div>"
-        )
+        return _place(name, figure, figures)
 
     yield _heading(run)
     yield "<h2>What was learnt</h2>"
@@ -439,4 +463,4 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem;
 @media print { main { max-width: none; padding: 0; } .figure, tr { break-inside: avoid; } }
 """
 
-__all__ = ["render", "write_report"]
+__all__ = ["render", "write_figures", "write_report"]

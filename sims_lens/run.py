@@ -1,11 +1,11 @@
 """A run, read back from its directory: what was learnt, with intervals."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,17 +15,19 @@ from sims_lens.bank import PairDiagnostics
 from sims_lens.config import SIMSConfig
 from sims_lens.cost import Cost, cost_text
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import RunError
+from sims_lens.errors import ResultError, RunError, SimsError
 from sims_lens.evaluate import Effect, Evaluation
 from sims_lens.guard import Decision, best_iteration
 from sims_lens.plan import NOTHING, Provenance, SteeringPlan
 from sims_lens.stats import Interval, holm, null_band
 from sims_lens.store import Folder, RunStore
+from sims_lens.typed import read_as
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+_MOST_TRIES = 1000
 _FEW = " With so few the band is wide: five or more (evaluation.controls) tell more."
 
 
@@ -63,7 +65,9 @@ class Iteration:
     def tensors(self) -> dict[str, Tensor]:
         """``mean_difference`` [layer, d_model], ``shuffled`` [control, layer, d_model], ``median_norm`` [layer] and
         ``split_half`` [layer], as fitted in this iteration at every layer."""
-        return Folder(self.path).read_tensors("vectors")
+        found = Folder(self.path).read_tensors("vectors")
+        _check_tensors(found, self.path / "vectors.safetensors")
+        return found
 
     @property
     def vectors(self) -> Float[Tensor, "layer d_model"]:
@@ -389,6 +393,41 @@ def open_run(path: str | Path) -> Run:
     Raises:
         RunError: there is no run, it is damaged, or a newer sims_lens wrote it.
     """
+    try:
+        run = _opened(path)
+        _check(run)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, SimsError) and not isinstance(error, ResultError):
+            raise
+        raise RunError(
+            f"the run at {path} is damaged ({type(error).__name__}: {error}); start the same again in another folder"
+        ) from error
+    return run
+
+
+def _check_tensors(found: Mapping[str, Tensor], file: Path) -> None:
+    """Raise :class:`RunError` unless a run's vectors are all there, and of one model."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    layers = shapes.get("mean_difference", ())
+    good = len(layers) == 2 and all(t.is_floating_point() for t in found.values())
+    good = good and shapes.get("shuffled", ())[1:] == layers
+    if not good or any(shapes.get(name) != layers[:1] for name in ("median_norm", "split_half")):
+        raise RunError(f"{file} is damaged (it holds {shapes}); start the same again in another folder")
+
+
+def _check(run: Run) -> None:
+    """Raise :class:`ResultError` where a figure is of another type than its field."""
+    read_as(tuple[str, str], [run.ranker, run.evaluator], "ranker, evaluator")
+    read_as(tuple[str, ...], run.prompts, "prompts")
+    read_as(tuple[Literal["train", "validation", "heldout"], ...], run.split, "split")
+    for i in run.iterations:
+        read_as(dict[str, int], i.dropped, f"dropped in iteration {i.index}")
+        read_as(tuple[float, ...], i.coefficients, f"coefficients of iteration {i.index}")
+        if not 1 <= i.tries <= 1 + _MOST_TRIES:
+            raise ResultError(f"iteration {i.index} was tried {i.tries} times")
+
+
+def _opened(path: str | Path) -> Run:
     store = RunStore(path)
     header = store.header()
     config = SIMSConfig.from_json(header["config"])

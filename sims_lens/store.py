@@ -232,7 +232,10 @@ class Folder:
             return None
         known: dict[str, set[str]] = {}
         for row in Journal(path).rows():
-            known.setdefault(row["file"], set()).add(row["sha256"])
+            try:
+                known.setdefault(str(row["file"]), set()).add(str(row["sha256"]))
+            except (KeyError, TypeError) as error:
+                raise DamagedError(f"{path} is damaged (a line of it is {row!r:.80}); {_DAMAGED}") from error
         return known
 
     def _ours(self) -> list[Path]:
@@ -358,8 +361,16 @@ class RunStore:
         return Folder(self.path)
 
     def folder(self, name: str) -> Folder:
-        """One of its folders, complete or not."""
-        return Folder(self.path / name)
+        """One of its folders, complete or not.
+
+        Raises:
+            RunError: it is a link that leads elsewhere.
+        """
+        found = Folder(self.path / name)
+        for path in (found.final, found.partial):
+            if not path.resolve().is_relative_to(self.path.resolve()):
+                raise RunError(f"{path} is a link that leads out of the run folder; put its files in its place")
+        return found
 
     def iteration(self, index: int) -> Folder:
         """The folder of an iteration, counted from 1."""
@@ -391,14 +402,20 @@ class RunStore:
     @property
     def stopped(self) -> str:
         """Why the run ended before its last iteration; "" where it has not."""
-        return str(self.root.read_json("stopped")["reason"]) if self.root.has("stopped.json") else ""
+        return str(self._stopped()["reason"]) if self.root.has("stopped.json") else ""
 
     def ends_before(self, iteration: int) -> bool:
         """Whether the run stopped, and an iteration is not to come."""
         if not self.stopped:
             return False
-        after = self.root.read_json("stopped").get("after")  # an earlier version did not write it
+        after = self._stopped().get("after")  # an earlier version did not write it
         return not self.iteration(iteration).complete if after is None else iteration > int(after)
+
+    def _stopped(self) -> dict[str, Any]:
+        found = self.root.read_json("stopped")
+        if not isinstance(found, dict) or not isinstance(found.get("reason"), str):
+            raise DamagedError(f"{self.path / 'stopped.json'} is damaged; {_DAMAGED}")
+        return found
 
     def stop(self, reason: str, *, after: int) -> None:
         """Write down why no iteration is to come after one."""

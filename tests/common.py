@@ -1,5 +1,7 @@
 """What several test modules share: kinds of model, random inputs, a fingerprint of what steering could leave."""
 
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "KINDS",
     "SITES",
     "difference",
+    "everything",
     "fingerprint",
     "log_probs",
     "plan_of",
@@ -78,8 +81,29 @@ def fingerprint(model: Any) -> dict[str, Any]:
             for key, value in vars(module).items()
             if key.endswith(("_hooks", "_hooks_with_kwargs")) and value
         },
-        "weights": {name: (id(value), value._version) for name, value in model.named_parameters()},
+        "weights": {
+            name: (id(value), value._version, value.requires_grad, id(value.grad) if value.grad is not None else None)
+            for name, value in model.named_parameters()
+        },
+        "replaced": {name: sorted(set(vars(m)) & {"forward", "generate"}) for name, m in modules.items()},
         "buffers": [name for name, _ in model.named_buffers()],
         "state": list(model.state_dict()),
         "attributes": {key: dict(value) if isinstance(value, dict) else value for key, value in vars(model).items()},
+    }
+
+
+def everything(model: Any) -> dict[str, Any]:
+    """The model's fingerprint and PyTorch's and Python's own settings, to be compared with ``==``."""
+    return fingerprint(model) | {
+        "random state": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "hooks on all modules": [
+            dict(getattr(torch.nn.modules.module, f"_global_{what}"))
+            for what in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+        ],
+        "warnings": list(warnings.filters),
+        "logging": (logging.getLogger("sims_lens").level, list(logging.getLogger("sims_lens").handlers)),
     }

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import sims_lens as sims
-from sims_lens.cli import main, plain
+from sims_lens.cli import main
 
 SMALL = [
     "--iterations",
@@ -143,11 +143,6 @@ def test_help_names_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "--steering.strength" in printed and "(default: auto)" in printed and "(default: 0.3)" in printed
-
-
-def test_plain_shows_control_characters() -> None:
-    assert plain("a\x1b]0;owned\x07b\nc\u202ed") == "a\\x1b]0;owned\\x07b c\\u202ed"
-    assert plain("schön 🙂") == "schön 🙂"
 
 
 @pytest.fixture(scope="module")

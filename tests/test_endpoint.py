@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sims_lens.client import Client
+from sims_lens.client import Client, _body, _read
 from sims_lens.errors import RankerError
 from sims_lens.files import Journal
 from sims_lens.rankers import CachedRanker, EndpointJudge, RecordedRanker, as_ranker
+from sims_lens.rankers.endpoint import _answer
 
 KEY = "sk-verysecret-0123456789"
 ENV = "SIMS_TEST_KEY"
@@ -321,6 +322,36 @@ def test_a_slow_server_is_asked_again(serve: Callable[..., Server]) -> None:
 
     with pytest.raises(RankerError, match=r"failed 2 times in a row; the last time it didn't answer within 0.1 s"):
         judge(serve(slow), timeout=0.1, retries=1).rank("p", ["x", "y"])
+
+
+def test_an_answer_comes_to_an_end(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sims_lens.client._MOST_BYTES", 5000)
+    with pytest.raises(RankerError, match="gave an answer of more than"):
+        judge(serve(lambda body, number: (200, {}, "x" * 6000))).rank("p", ["x", "y"])
+
+    class Dripping:
+        def read1(self, _size: int) -> bytes:
+            time.sleep(0.01)
+            return b"x"
+
+    with pytest.raises(Exception, match="didn't come to an end with its answer"):
+        _body(Dripping(), time.monotonic() + 0.05)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"choices": 3}', "1" * 5000, '{"choices": [{"message": {}}]}' * 2])
+def test_an_answer_that_is_none_is_asked_for_again(text: str) -> None:
+    assert _read(text.encode(), _answer) is None
+
+
+def test_a_probability_that_is_no_number_is_no_verdict() -> None:
+    likely = [{"token": "A", "logprob": float("nan")}, {"token": "B", "logprob": -1.0}]
+    choice = {"message": {"content": "A"}, "logprobs": {"content": [{"top_logprobs": likely}]}}
+    assert _read(json.dumps({"choices": [choice]}).encode(), _answer) is None
+    likely[0]["logprob"] = float("-inf")
+    found = _read(json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1}}).encode(), _answer)
+    assert found is not None and found["likeliest"][0] == ("A", float("-inf"))
+    endless = {"choices": [choice], "usage": {"prompt_tokens": float("inf")}}
+    assert _read(json.dumps(endless).encode(), _answer) is None
 
 
 def test_nobody_there(serve: Callable[..., Server]) -> None:

@@ -212,6 +212,15 @@ def test_a_wrong_kind_of_file(tmp_path: Path) -> None:
         sims.load_prompts("truthfulqa", file=other)
 
 
+def test_a_small_file_that_stands_for_much_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bomb.parquet"
+    write(file, [{"question": "x" * 1000}] * 20_000)
+    assert file.stat().st_size < 100_000
+    monkeypatch.setattr("sims_lens.prompts.sets._MOST_BYTES", 5_000_000)
+    with pytest.raises(PromptError, match="is damaged"):
+        sims.load_prompts("truthfulqa", file=file)
+
+
 # A package that carries a set
 
 

@@ -33,7 +33,7 @@ from sims_lens.behaviour import PairBehaviour, TextPair, encode_pairs
 from sims_lens.calibration import FluencyBudget
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import ConfigError, PlanError, RankerError, RunError
+from sims_lens.errors import ConfigError, PlanError, RankerError, ResultError, RunError
 from sims_lens.evaluate import side_effects
 from sims_lens.forced import BATCH_TOKENS, ForcedBatch, force
 from sims_lens.hooks import check_fits, check_unsteered, resolve, steering
@@ -46,10 +46,11 @@ from sims_lens.run import Run
 from sims_lens.sampling import LocalSampler
 from sims_lens.scope import TokenScope
 from sims_lens.sites import check_layer, check_site
-from sims_lens.stats import DRAWS, Interval, bca, interval_from, win_probability
+from sims_lens.stats import DRAWS, Interval, bca, win_probability
 from sims_lens.store import Folder, read_json, write_json
 from sims_lens.supervised import SteeringFit
 from sims_lens.transforms import Addition, Transform, dump
+from sims_lens.typed import known_fields, read_as
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,9 +110,12 @@ class SweepCell:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SweepCell":
-        """The cell that :meth:`to_json` described."""
-        values: dict[str, Any] = {k: interval_from(value) if k in FIGURES else value for k, value in data.items()}
-        return cls(**values)
+        """The cell that :meth:`to_json` described.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -266,10 +270,16 @@ class LayerSweep:
         Args:
             data: what that returned.
             plan: ``sweep.steering``, for instance ``SteeringPlan.load(path)``.
+
+        Raises:
+            ResultError: it is no such thing.
         """
-        own = {name: value for name, value in data.items() if name not in ("budget", "cells")}
-        cells = tuple(SweepCell.from_json(cell) for cell in data["cells"])
-        return cls(**own, budget=FluencyBudget(**data["budget"]), cells=cells, steering=plan)
+        found: LayerSweep = read_as(cls, {**known_fields(cls, data), "steering": None})
+        for panel in found.panels:
+            cells = {(c.layer, c.coefficient) for c in found.cells if (c.direction, c.site) == panel}
+            if len(cells) < len({layer for layer, _ in cells}) * len({coefficient for _, coefficient in cells}):
+                raise ResultError(f"a cell of {', '.join(panel)} is missing: not every layer has every coefficient")
+        return replace(found, steering=plan)
 
     def _reason(self) -> str:
         """Why nothing was chosen."""
@@ -1059,7 +1069,7 @@ class _Ledger:
         found = read_json(header)
         if not isinstance(found, dict) or found.get("format") != _FORMAT or found.get("version") != _VERSION:
             raise RunError(f"{header} is not of a sweep that this sims_lens reads; choose another folder")
-        there = found.get("settings", {})
+        there = read_as(dict[str, Any], found.get("settings", {}), f"settings in {header}")
         for key in sorted({*there, *settings}):
             if there.get(key) != settings.get(key):
                 raise RunError(f"{path} holds a sweep with other {key}; use the same to go on, or another folder")
@@ -1091,7 +1101,7 @@ class _Ledger:
                 found = {cell: np.array(values, dtype=float) for cell, values in self._held.items()}
                 if any(values.shape != (count, len(FIGURES)) for values in found.values()):
                     raise ValueError(f"a cell has no {count} units")
-            except (AttributeError, TypeError, ValueError) as error:
+            except (AttributeError, TypeError, ValueError, OverflowError) as error:
                 if isinstance(error, RunError):
                     raise
                 raise RunError(f"{file} is damaged ({error}); delete it and go on") from error

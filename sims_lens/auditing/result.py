@@ -43,7 +43,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from sims_lens.auditing.agreement import rate_interval
 from sims_lens.cost import Cost
-from sims_lens.stats import Interval, interval_from
+from sims_lens.stats import Interval
+from sims_lens.typed import known_fields, read_as
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -221,17 +222,12 @@ class Audit:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Audit":
-        """The inverse of :meth:`to_json`; the verdict is worked out anew."""
-        about: dict[str, Any] = {name: data[name] for name in ("ranker", "kind", "reference", "prompts", "responses")}
-        measures: dict[str, Any] = {m.field: _interval(data[m.field]) for m in MEASURES}
-        bands = [MarginBand(b["low"], b["high"], interval_from(b["accuracy"])) for b in data["reference_by_margin"]]
-        return cls(
-            **about,
-            **measures,
-            reference_by_margin=tuple(bands),
-            comparisons=dict(data["comparisons"]),
-            cost=Cost.from_json(data["cost"]),
-        )
+        """The inverse of :meth:`to_json`; the verdict is worked out anew.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, known_fields(cls, data))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         head = f"Audit of {self.ranker} ({self.kind}): {self.verdict}"
@@ -307,9 +303,12 @@ class PairAudit:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "PairAudit":
-        """The inverse of :meth:`to_json`."""
-        figures: dict[str, Any] = {name: _interval(data[name]) for name, _, _ in _PAIR_FIGURES}
-        return cls(data["ranker"], data["reference"], data["pairs"], **figures, cost=Cost.from_json(data["cost"]))
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ResultError: it is no such thing.
+        """
+        return read_as(cls, data)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"{self._about()}\n{as_text(_HEAD[:2], self._cells())}"
@@ -461,7 +460,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Interval):
         return value.to_json()
     return value.to_json() if isinstance(value, Cost) else value
-
-
-def _interval(data: Any) -> Interval | None:
-    return None if data is None else interval_from(data)

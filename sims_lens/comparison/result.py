@@ -15,6 +15,7 @@ from sims_lens.cost import flops_text
 from sims_lens.errors import RunError
 from sims_lens.stats import Crossed, Interval, crossed_mean, null_band, win_probability
 from sims_lens.store import read_json, write_bytes
+from sims_lens.typed import read_as
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -345,20 +346,15 @@ def open_comparison(path: str | Path) -> Comparison:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{file} is no comparison")
     try:
-        methods = tuple(_method_from(row) for row in data["methods"])
-        return Comparison(
-            methods=methods,
-            seeds=tuple(int(s) for s in data["seeds"]),
-            heldout=int(data["heldout"]),
-            answers=int(data["answers"]),
-            ranker=str(data["ranker"]),
-            evaluator=str(data["evaluator"]),
-            controls=tuple(float(c) for c in data["controls"]),
-            comparable=bool(data["comparable"]),
+        found = Comparison(
+            methods=tuple(_method_from(row) for row in data["methods"]),
+            **{f.name: read_as(f.type, data[f.name], f.name) for f in fields(Comparison)[1:-1]},
             path=file.parent,
         )
-    except (KeyError, TypeError, ValueError) as error:
+        _check_shapes(found)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{file} is damaged ({type(error).__name__}: {error}); run the comparison again") from error
+    return found
 
 
 def _method_from(row: Mapping[str, Any]) -> Method:
@@ -368,14 +364,22 @@ def _method_from(row: Mapping[str, Any]) -> Method:
     several = {
         name: tuple(math.nan if v is None else float(v) for v in row[name]) for name in ("even", "distinct_2", "norm")
     }
-    spent = {
-        name: Spent(**{f.name: float(row[name][f.name]) for f in fields(Spent)}) for name in ("learning", "answering")
-    }
-    return Method(
-        name=str(row["name"]),
-        family=str(row["family"]),
-        dose=str(row["dose"]),
-        **arrays,  # type: ignore[arg-type]
-        **several,  # type: ignore[arg-type]
-        **spent,  # type: ignore[arg-type]
-    )
+    spent = {name: read_as(Spent, row[name], name) for name in ("learning", "answering")}
+    texts = {name: read_as(str, row[name], name) for name in ("name", "family", "dose")}
+    return Method(**texts, **arrays, **several, **spent)  # type: ignore[arg-type]
+
+
+def _check_shapes(found: Comparison) -> None:
+    """Raise ``ValueError`` unless every figure is there for each seed and prompt, and the loop among the methods."""
+    seeds, heldout = len(found.seeds), found.heldout
+    for method in found.methods:
+        for name in (*_PER_PROMPT, "scores"):
+            values = getattr(method, name)
+            if values is None and name.startswith("independent"):
+                continue
+            if values is None or values.shape[:2] != (seeds, heldout) or values.ndim != 2 + (name == "scores"):
+                raise ValueError(f"{name} of {method.name} is not of {seeds} seeds and {heldout} prompts")
+        if any(len(getattr(method, name)) != seeds for name in ("even", "distinct_2", "norm")):
+            raise ValueError(f"a figure of {method.name} is not there for each of {seeds} seeds")
+    if not (seeds and heldout and found.family("loop")):
+        raise ValueError("it has no seed, no prompt or no loop")

@@ -171,7 +171,7 @@ def _block_names(folder: Path, adapter: Adapter) -> list[str]:
 
     auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        base = auto.from_config(AutoConfig.from_pretrained(folder)).base_model
+        base = auto.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False)).base_model
     for name, module in base.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == adapter.n_layers:
             return [f"{name}.{layer}" for layer in range(adapter.n_layers)]

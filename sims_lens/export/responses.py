@@ -296,6 +296,10 @@ def _text(path: str | Path, row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise ExportError(f"{path}: an object without a text under {key!r}; its keys are {sorted(row)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ExportError(f"{path}: {key!r} has half of a surrogate pair; remove it: {quote(value)}") from error
     return value
 
 
@@ -304,7 +308,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExportError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} isn't JSON in UTF-8 ({error})") from error
 
 
@@ -321,7 +325,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ExportError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ExportError(f"{path}, line {number}: a {type(row).__name__}, not an object")

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from sims_lens.auditing import MEASURES, Audit, Measure
 from sims_lens.errors import RankerError
-from sims_lens.plots.theme import BLUE, EDGE, ORANGE, TEXT, VERMILLION, WIDTH, error_bars, titled
+from sims_lens.plots.theme import BLUE, EDGE, ORANGE, TEXT, VERMILLION, WIDTH, error_bars, plotly_text, titled
 from sims_lens.stats import Interval
 
 _ROW, _LINE, _BETWEEN = 26, 17, 66  # pixels: of a measure, of a line of the subtitle, between two panels
@@ -51,7 +51,7 @@ def reliability_card(audit: Audit) -> go.Figure:
         vertical_spacing=_BETWEEN / plot if len(panels) > 1 else 0.0,
     )
     lines = [
-        *textwrap.wrap(f"{audit.reason[:1].upper()}{audit.reason[1:]}.", _SUBTITLE),
+        *map(plotly_text, textwrap.wrap(f"{audit.reason[:1].upper()}{audit.reason[1:]}.", _SUBTITLE)),
         f"{audit.prompts} prompts; 95% intervals over prompts; dotted: what a coin would get",
     ]
     top, bottom = 60 + _LINE * len(lines), 92

@@ -1,12 +1,23 @@
 """The figure of a comparison: what each method gains, for what it costs."""
 
-import html
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sims_lens.comparison import Comparison, Method
-from sims_lens.plots.theme import BAND, BLUE, GREEN, HEIGHT, ORANGE, PURPLE, SKY, TEXT, VERMILLION, error_bars, titled
+from sims_lens.plots.theme import (
+    BAND,
+    BLUE,
+    GREEN,
+    HEIGHT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    TEXT,
+    VERMILLION,
+    error_bars,
+    plotly_text,
+    titled,
+)
 
 _STYLE = {
     "loop": (BLUE, "circle"),
@@ -54,12 +65,12 @@ def comparison(result: Comparison) -> go.Figure:
 
 def _draw(figure: go.Figure, result: Comparison, family: str, dose: str, group: list[Method]) -> None:
     colour, symbol = _STYLE.get(family, (SKY, "circle"))
-    name = f"{family}, equal {dose}" if dose else family
+    name = plotly_text(f"{family}, equal {dose}" if dose else family)
     effects = [m.effect.interval for m in group]
     divergences = [m.divergence.interval for m in group]
     symbol += "-open" if dose == "norm" and family == "one-shot" else ""
     text = [
-        f"{html.escape(m.name)}<br>effect {e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}]"
+        f"{plotly_text(m.name)}<br>effect {e.estimate:+.3g} [{e.low:+.3g}, {e.high:+.3g}]"
         f"<br>win rate {m.win_rate}<br>KL {m.kl.mean():.2f} per token"
         for m, e in zip(group, effects, strict=True)
     ]

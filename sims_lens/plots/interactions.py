@@ -4,7 +4,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from sims_lens.analysis.interactions import TOGETHER, Interaction
-from sims_lens.plots.theme import TEXT, colours, error_bars, titled
+from sims_lens.plots.theme import TEXT, colours, error_bars, plotly_text, titled
 
 
 def interaction(result: Interaction) -> go.Figure:
@@ -17,7 +17,7 @@ def interaction(result: Interaction) -> go.Figure:
     """
     rankers = list(result.evaluations)
     names = [*result.plans, TOGETHER]
-    heads = [f"by {ranker}" for ranker in rankers]
+    heads = [f"by {plotly_text(ranker)}" for ranker in rankers]
     figure = make_subplots(rows=1, cols=len(rankers), subplot_titles=heads, horizontal_spacing=0.12)
     titled(
         figure,
@@ -28,14 +28,15 @@ def interaction(result: Interaction) -> go.Figure:
     for column, ranker in enumerate(rankers, start=1):
         found = result.evaluations[ranker]
         for name, colour in zip(names, colours(len(names)), strict=True):
-            effect = found[name].difference
+            effect, shown = found[name].difference, plotly_text(name)
             figure.add_bar(
-                x=[name],
+                x=[shown],
                 y=[effect.estimate],
                 error_y=error_bars([effect]) | {"color": TEXT},
                 marker={"color": colour, "opacity": 0.85},
                 showlegend=False,
-                hovertemplate=f"{name} by {ranker}: %{{y:+.3g}} [{effect.low:+.3g}, {effect.high:+.3g}]<extra></extra>",
+                hovertemplate=f"{shown} by {plotly_text(ranker)}: %{{y:+.3g}} [{effect.low:+.3g}, {effect.high:+.3g}]"
+                "<extra></extra>",
                 row=1,
                 col=column,
             )

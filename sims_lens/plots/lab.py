@@ -296,17 +296,18 @@ def steerability(result: Steerability) -> go.Figure:
         result: of :func:`sims_lens.lab.steerability`.
     """
     order = np.argsort(result.slopes)
+    unit = plotly_text(result.unit)
     figure = make_subplots(
         rows=1,
         cols=2,
-        subplot_titles=[f"each {result.unit}'s curve", "their slopes, in order"],
+        subplot_titles=[f"each {unit}'s curve", "their slopes, in order"],
         horizontal_spacing=0.13,
     )
     anti = result.anti
     titled(
         figure,
         f"Anti-steerable: {100 * anti.estimate:.0f}% [{100 * anti.low:.0f}, {100 * anti.high:.0f}]",
-        f"{len(order)} {result.unit}s. Bars: 95% intervals of the slopes, by the scatter around the line.",
+        f"{len(order)} {unit}s. Bars: 95% intervals of the slopes, by the scatter around the line.",
         width=WIDTH + 60,
     )
     change = result.values - result.values.mean(axis=1, keepdims=True)
@@ -319,7 +320,7 @@ def steerability(result: Steerability) -> go.Figure:
             line={"color": VERMILLION if falling[index] else BLUE, "width": 1},
             opacity=0.35,
             showlegend=False,
-            hovertemplate=f"{result.unit} {index}: %{{y:+.3g}} at %{{x:g}}<extra></extra>",
+            hovertemplate=f"{unit} {index}: %{{y:+.3g}} at %{{x:g}}<extra></extra>",
             row=1,
             col=1,
         )
@@ -344,14 +345,14 @@ def steerability(result: Steerability) -> go.Figure:
         marker={"color": [VERMILLION if bad else BLUE for bad in falling[order]], "size": 5},
         showlegend=False,
         customdata=order,
-        hovertemplate=f"{result.unit} %{{customdata}}: %{{y:+.3g}}<extra></extra>",
+        hovertemplate=f"{unit} %{{customdata}}: %{{y:+.3g}}<extra></extra>",
         row=1,
         col=2,
     )
     figure.add_hline(y=0, line={"color": TEXT, "width": 1}, row=1, col=2)
     figure.update_xaxes(title_text="coefficient (times the plan's)", row=1, col=1)
-    figure.update_xaxes(title_text=f"{result.unit}s", row=1, col=2)
-    figure.update_yaxes(title_text=f"value less the {result.unit}'s mean", row=1, col=1)
+    figure.update_xaxes(title_text=f"{unit}s", row=1, col=2)
+    figure.update_yaxes(title_text=f"value less the {unit}'s mean", row=1, col=1)
     figure.update_yaxes(title_text="slope per unit of coefficient", row=1, col=2)
     figure.update_annotations(font_size=13)
     return figure.update_layout(margin={"t": 104, "b": 64})

@@ -192,7 +192,8 @@ def _frame(sweep: LayerSweep, cells: Sequence[SweepCell]) -> tuple[float, float]
 
 def hover(sweep: LayerSweep, cell: SweepCell) -> str:
     """All that is known of a cell, as lines of HTML."""
-    lines = [f"{plotly_text(cell.direction)}, layer {cell.layer} {cell.site}, coefficient {cell.coefficient:g}"]
+    where = f"{cell.direction}, layer {cell.layer} {cell.site}"
+    lines = [f"{plotly_text(where)}, coefficient {cell.coefficient:g}"]
     lines += [f"{_NAMES[name]} {_shown(getattr(cell, name), signed=name == 'effect')}" for name in FIGURES]
     standing = "within the budget" if sweep.allows(cell) else "beyond the budget"
     return "<br>".join([*lines, f"{cell.count} of {sweep.total} {sweep.unit}s, {standing}"])

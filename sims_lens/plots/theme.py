@@ -90,7 +90,8 @@ def plotly_text(text: str) -> str:
     >>> plotly_text("<b>5 & 6</b> for $7")
     '&lt;b&gt;5 &amp; 6&lt;/b&gt; for &#36;7'
     """
-    return html.escape(text, quote=False).replace("$", "&#36;")  # Plotly does not decode &quot;
+    text = html.escape(text, quote=False)  # Plotly does not decode &quot;
+    return text.replace("$", "&#36;").replace("%{", "&#37;{")  # the latter is a placeholder in what hovers
 
 
 def colours(count: int) -> list[str]:

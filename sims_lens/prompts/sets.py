@@ -17,6 +17,8 @@ from sims_lens.prompts import check_prompts
 
 __all__ = ["SETS", "PromptSet", "load_pairs", "load_prompts"]
 
+_MOST_BYTES: Final = 1 << 30
+_BATCH_ROWS: Final = 1024
 logger = logging.getLogger("sims_lens")
 
 
@@ -345,7 +347,7 @@ def _read(name: str, path: Path, columns: Sequence[str]) -> list[Mapping[str, An
         rows = list(reader(path, columns))
     except OSError as error:
         raise PromptError(f"{name}: {path} cannot be read ({error.strerror or error}); check the path") from error
-    except ValueError as error:  # broken JSON, UTF-8 or Parquet
+    except (ValueError, NotImplementedError, RecursionError) as error:  # broken JSON, UTF-8 or Parquet
         raise PromptError(f"{name}: {path} is damaged ({type(error).__name__}); download it again") from error
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise PromptError(f"{name}: {path} is not a list of rows; is it the right file?")
@@ -371,7 +373,11 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     if not wanted:  # for the message that there is no such column
         yield dict.fromkeys(held.schema_arrow.names)
         return
-    for batch in held.iter_batches(columns=wanted):
+    size = 0
+    for batch in held.iter_batches(_BATCH_ROWS, columns=wanted):
+        size += batch.nbytes
+        if size > _MOST_BYTES:  # a small file can stand for any number of the same long row
+            raise ValueError(f"more than {_MOST_BYTES >> 20} MiB of text")
         yield from batch.to_pylist()
 
 

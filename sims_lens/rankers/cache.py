@@ -234,5 +234,5 @@ def _verdicts(data: bytes) -> dict[str, tuple[float, ...]]:
         row = parsed(data) if not data.startswith(b"{") else json.loads(data)  # an earlier version had no checksums
         found = row["verdicts"] if "verdicts" in row else {row["key"]: row["scores"]}
         return {str(key): tuple(float(score) for score in scores) for key, scores in found.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return {}

@@ -268,6 +268,13 @@ def _without_logprobs(body: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in body.items() if key not in ("logprobs", "top_logprobs")}
 
 
+def _log(value: Any) -> float:
+    """A log-probability; minus infinity is one."""
+    if math.isnan(found := float(value)):
+        raise ValueError("a log-probability that is no number")
+    return found
+
+
 def _answer(row: Any) -> dict[str, Any]:
     """What matters of a chat completion."""
     choice = row["choices"][0]
@@ -275,7 +282,7 @@ def _answer(row: Any) -> dict[str, Any]:
     usage = row.get("usage") or {}
     return {
         "text": str(choice["message"].get("content") or ""),
-        "likeliest": [(str(item["token"]), float(item["logprob"])) for item in first.get("top_logprobs") or ()],
+        "likeliest": [(str(item["token"]), _log(item["logprob"])) for item in first.get("top_logprobs") or ()],
         "prompt_tokens": int(usage.get("prompt_tokens") or 0),
         "completion_tokens": int(usage.get("completion_tokens") or 0),
     }

@@ -16,7 +16,8 @@ from sims_lens.config import SamplingConfig
 from sims_lens.cost import TokenCount
 from sims_lens.data import Sample
 from sims_lens.errors import ModelError
-from sims_lens.hooks import steering
+from sims_lens.holders import holding
+from sims_lens.hooks import Steering, steering, steerings
 from sims_lens.plan import SteeringPlan
 from sims_lens.sampling.base import Drawn
 from sims_lens.sampling.decode import Decoder, Job, Row
@@ -187,24 +188,33 @@ class LocalSampler:
             return
         if (site is not None or measured) and (why := self._obstacle(plan, site or "resid_post")):
             raise ModelError(f"nothing can be measured while sampling, because {why}; do it afterwards")
-        with self._attached(plan, None):
+        outer = steerings(self.model)
+        with self._drawing(plan, None, outer):
             way = road(self.model, self._dtype())
         first = self.road == "not run yet"
         self.road = "twin" if way.twin is not None else f"the model itself, because {way.reason}"
         if way.twin is None:
             logger.warning("sampling on the slow road: %s", way.reason)
-            for row in self._slowly(adapter, encoded, rows, plan):
+            for row in self._slowly(adapter, encoded, rows, plan, outer):
                 yield self._finished(adapter, row), None
             return
         if first and way.twin.dtype == torch.bfloat16 and adapter.device.type == "cpu" and not _multiplies_bfloat16():
             logger.warning("this CPU has no bfloat16 products, so that float32 is faster on it")
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
         ear = None if site is None else Ear(adapter, site)
-        for row, reading in self._quickly(adapter, job, way, plan, ear, measured=measured):
+        for row, reading in self._quickly(adapter, job, way, plan, ear, outer, measured=measured):
             yield self._finished(adapter, row, measured=row.draw < measured), reading
 
     def _quickly(
-        self, adapter: Adapter, job: Job, way: Road, plan: SteeringPlan, ear: Ear | None, *, measured: int
+        self,
+        adapter: Adapter,
+        job: Job,
+        way: Road,
+        plan: SteeringPlan,
+        ear: Ear | None,
+        outer: tuple[Steering, ...],
+        *,
+        measured: int,
     ) -> Iterator[tuple[Row, Reading | None]]:
         """The fast road: rows as they finish. Between some and the next the model is as it was."""
         count, bodies = self._lanes(adapter, way, len(job.rows)), self._kept_bodies(way)
@@ -228,7 +238,7 @@ class LocalSampler:
 
         lanes: Lanes | None = None
         while lanes is None or lanes.failed or not lanes.finished:
-            with self._attached(plan, ear) as tracker:
+            with self._drawing(plan, ear, outer) as tracker:
                 way = road(self.model, self._dtype(), twin=way.twin)
                 if way.twin is None:
                     raise ModelError(f"the model was changed while it was sampled from: {way.reason}")
@@ -305,6 +315,7 @@ class LocalSampler:
     def _attached(self, plan: SteeringPlan, ear: Ear | None) -> Iterator[Any]:
         """The model as it is sampled from: in inference mode, steered, and read. Gives the token tracker, if any."""
         with ExitStack() as stack:
+            stack.enter_context(holding(self.model))
             stack.enter_context(torch.inference_mode())
             if plan.interventions:
                 stack.enter_context(steering(self.model, plan))
@@ -312,17 +323,40 @@ class LocalSampler:
                 stack.enter_context(ear.listening())
             yield self.model.__dict__.get(TRACKER)
 
+    @contextmanager
+    def _drawing(self, plan: SteeringPlan, ear: Ear | None, outer: tuple[Steering, ...]) -> Iterator[Any]:
+        """:meth:`_attached`, while responses are drawn: under ``outer``, the plans that were attached at their start,
+        and no others."""
+
+        def unchanged() -> None:
+            if steerings(self.model) != outer:
+                raise ModelError(
+                    f"a plan was attached to {adapt(self.model).name}, or detached, while responses were being drawn "
+                    "from it: take them all first, or draw from a copy.deepcopy(model)"
+                )
+
+        with holding(self.model):
+            unchanged()
+            with self._attached(plan, ear) as tracker:
+                yield tracker
+            unchanged()
+
     # The slow road: the model itself, batch by batch
 
     def _slowly(
-        self, adapter: Adapter, prompts: Sequence[Sequence[int]], rows: Sequence[Row], plan: SteeringPlan
+        self,
+        adapter: Adapter,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Row],
+        plan: SteeringPlan,
+        outer: tuple[Steering, ...],
     ) -> Iterator[Row]:
         size = self.config.batch_rows or 2 * ROWS["cpu"]
         at, stops = 0, frozenset(adapter.stop_ids)
         while at < len(rows):
             batch = rows[at : at + size]
             try:
-                with self._attached(plan, None):
+                with self._drawing(plan, None, outer):
                     self._decode(adapter, prompts, batch, stops)
             except (MemoryError, RuntimeError) as error:
                 if size == 1 or not _out_of_memory(error):

@@ -146,7 +146,7 @@ class Ear:
 
     def listening(self) -> AbstractContextManager[None]:
         """A ``with`` block inside which the model's HookPoints are heard."""
-        return listening(self.adapter, self.site, self._hear)
+        return listening(self.adapter, self.site, self._hear, everywhere=True)
 
     @contextmanager
     def telling(self, reader: "Reader") -> Iterator[None]:

@@ -73,8 +73,8 @@ class BridgeTwin(Twin):
         with self._lock:
             self._listen(points)
             if cut is not None and not self._cuttable:
+                self._make_cuttable()  # twice does no harm, after Ctrl-C in its midst
                 self._cuttable = True
-                self._make_cuttable()
         now = self._now
         now.memory, now.points, now.cut = memory, points, cut
         try:
@@ -89,13 +89,17 @@ class BridgeTwin(Twin):
         for name in points:
             if name in self._heard or name not in self._places:
                 continue
-            self._heard.add(name)
             module, entrance = self._places[name]
-            fire = partial(_fire, self._now, name)
-            if entrance:
-                module.register_forward_pre_hook(_entering(fire), with_kwargs=True)
-            else:
-                module.register_forward_hook(_leaving(fire))
+            fire, handle = partial(_fire, self._now, name), None
+            try:  # Ctrl-C in here must not leave a point that is never fired, or fired twice
+                if entrance:
+                    handle = module.register_forward_pre_hook(_entering(fire), with_kwargs=True)
+                else:
+                    handle = module.register_forward_hook(_leaving(fire))
+                self._heard.add(name)
+            finally:
+                if name not in self._heard and handle is not None:
+                    handle.remove()
 
     def _make_cuttable(self) -> None:
         index = 0

@@ -217,8 +217,10 @@ def _recorded(points: Points, run: Callable[[], Tensor]) -> tuple[Tensor, dict[s
     def at(name: str) -> Callable[..., None]:
         return lambda _point, _args, output: seen.setdefault(name, []).append(output[:1].clone())
 
-    handles = [point.register_forward_hook(at(name)) for name, point in points.items()]
+    handles = []
     try:
+        for name, point in points.items():
+            handles.append(point.register_forward_hook(at(name)))
         result = run()
     finally:
         for handle in handles:
