@@ -143,8 +143,8 @@ class Plan:
             sampler=self.sampler,
         )
         found = forecast(work, machine, gpus=self.gpus)
-        print(found)
-        print(f"  machine: {machine.source}")
+        say(found)
+        say(f"  machine: {machine.source}")
         return found.to_json()
 
 

@@ -166,11 +166,7 @@ class Client:
             if isinstance(reason, TimeoutError):
                 raise _FailureError(f"didn't answer within {self._timeout:g} s") from None
             raise _FailureError(f"couldn't be reached, or broke off ({kind})") from None
-        try:
-            answer = read(json.loads(data))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
-            answer = None
-        if answer is None:
+        if (answer := _read(data, read)) is None:
             raise _FailureError(f"gave an answer that is no {what} in JSON")
         return answer
 
@@ -311,6 +307,14 @@ def _body(response: Any, end: float) -> bytes:
         if time.monotonic() > end:
             raise _FailureError("didn't come to an end with its answer")
     return data
+
+
+def _read(data: bytes, read: Callable[[Any], Answer | None]) -> Answer | None:
+    """What is read from an answer in JSON; None if it isn't one, or of another shape."""
+    try:
+        return read(json.loads(data))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
+        return None
 
 
 def _refusal(error: HTTPError, key: str) -> _FailureError:
