@@ -130,6 +130,12 @@ class Lab:
             "steerability": sims.lab.steerability(model, plan, pairs, coefficients=(-1.0, 0.0, 1.0), **quiet),
         }
 
+    def written(self, export: str, name: str) -> Path:
+        """The constant plan in another tool's format."""
+        if not (path := self.folder / name).exists():
+            getattr(sims.export, export)(self.model, self.constant, path)
+        return path
+
     def path(self, name: str) -> Path:
         """A path to write to that is not there yet."""
         return self.folder / name
@@ -734,7 +740,7 @@ ENTRIES: dict[str, Entry] = {
     "read_pairs": Entry(sims.read_pairs, lambda lab: {"path": lab.folder / "own.jsonl"}),
     "load_prompts": Entry(sims.load_prompts, lambda lab: {"name": "rho_sycophancy", "limit": 2}),
     "load_pairs": Entry(
-        sims.load_pairs, lambda lab: {"name": "ultrafeedback", "file": lab.folder / "own.jsonl", "limit": 2}
+        sims.load_pairs, lambda lab: {"name": "ultrafeedback", "file": lab.folder / "preferences.json", "limit": 1}
     ),
     "everyday": Entry(sims.everyday, lambda lab: {"n": 2}),
     "tone_pairs": Entry(sims.tone_pairs, lambda lab: {"n": 2}),
@@ -1002,15 +1008,21 @@ ENTRIES: dict[str, Entry] = {
     **{
         f"export.{name}": Entry(
             getattr(E, name),
-            lambda lab, name=name: {"model": lab.model, "plan": lab.constant, "path": lab.path(f"{name}.gguf")},
+            lambda lab, name=name: {
+                "model": lab.model,
+                "plan": lab.constant,
+                "path": lab.path("out.pt" if name == "to_lm_eval" else "out.gguf"),
+            },
         )
         for name in ("to_gguf", "to_lm_eval", "to_steerkit", "to_vllm")
     },
     "export.to_layers": Entry(E.to_layers, lambda lab: {"model": lab.model, "plan": lab.constant}),
     **{
         f"export.{name}": Entry(getattr(E, name), lambda lab: {"path": lab.folder / "missing"})
-        for name in ("from_alpaca_eval", "from_arena_hard", "from_gguf", "from_steerkit", "from_vllm")
+        for name in ("from_alpaca_eval", "from_arena_hard", "from_vllm")
     },
+    "export.from_gguf": Entry(E.from_gguf, lambda lab: {"path": lab.written("to_gguf", "in.gguf")}),
+    "export.from_steerkit": Entry(E.from_steerkit, lambda lab: {"path": lab.written("to_steerkit", "in.safetensors")}),
     "export.from_layers": Entry(E.from_layers, lambda lab: {"source": {1: vector(1)}}),
     "export.from_lm_eval": Entry(
         E.from_lm_eval,
@@ -1170,7 +1182,6 @@ ENTRIES: dict[str, Entry] = {
                     "os:sep",
                     "a.b.c:d",
                     ".:x",
-                    "json:dumps",
                     "\x00:x",
                     "no such:x",
                     "json:__file__",

@@ -4,6 +4,7 @@ The calls and what may be wrong with their arguments are in ``bad_input.py``.
 """
 
 import inspect
+import json
 import shutil
 from collections.abc import Iterator
 from importlib import import_module
@@ -34,6 +35,10 @@ SLOW = {
     "lab.reward_hacking": 2,
 }
 EXAMPLES = 12
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def on_meta(model: Any) -> Any:
@@ -79,6 +84,9 @@ def lab(fresh: Any, zoo: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
     tiny.write("llama", folder / "tiny-llama")
     (folder / "own.txt").write_text("a\nb\n")
     (folder / "own.jsonl").write_text('{"prompt": "a", "positive": "b", "negative": "c"}\n')
+    two = [{"role": "user", "content": "a"}]
+    preferences = [{"prompt": "a", "chosen": [*two, answer("b")], "rejected": [*two, answer("c")]}]
+    (folder / "preferences.json").write_text(json.dumps(preferences))
     made = Lab(zoo("llama", kind), others, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -186,6 +194,8 @@ def test_a_model_in_training_mode_without_dropout_gives_the_same(fresh: Any) -> 
 def test_a_model_without_weights_or_in_two_types_is_refused(kind: str, fresh: Any) -> None:
     with pytest.raises(ModelError, match="is on the meta device and has no weights"):
         sims.fit(on_meta(fresh("llama", kind)), sims.tone_pairs(4))
+    if kind == "hooked":  # a HookedTransformer casts what it reads
+        return
     with pytest.raises(ModelError, match=r"are in float32 and float64, and it can't be run .*torch\.float32"):
         sims.fit(in_two_types(fresh("llama", kind)), sims.tone_pairs(4))
 

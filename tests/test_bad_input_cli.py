@@ -102,7 +102,7 @@ TAKES: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
         ["--run", "plan.safetensors", "--model", "model", "--to", "gguf", "--out", "made.gguf"],
         {"--run": FILES, "--to": WORDS, "--out": ("folder", "no/such/file.gguf"), "--model": FILES},
     ),
-    "report": (["run"], {"": FILES, "--out": ("folder", "no/such/page.html"), "--json": ("folder", "no/such/x.json")}),
+    "report": (["run"], {"": FILES, "--out": ("folder",), "--json": ("folder", "no/such/x.json")}),
 }
 """Of each command: arguments that work, or would, and what may be wrong with one."""
 

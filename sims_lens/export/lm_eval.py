@@ -49,7 +49,8 @@ def to_lm_eval(model: Any, plan: SteeringPlan, path: str | Path, *, tolerance: f
     path = check_path(path, ExportError)
     if path.suffix not in (".pt", ".pth"):
         raise ExportError(f"{path.name!r}: lm-eval takes the file for something else unless its name ends in .pt")
-    names = _block_names(checkpoint_of(model), adapt(model))
+    adapter = adapt(model)
+    names = _block_names(checkpoint_of(model), adapter)
     entries: dict[str, dict[str, Any]] = {}
 
     def write(held: SteeringPlan, target: Path) -> None:
@@ -79,7 +80,7 @@ def from_lm_eval(entries: Mapping[str, Mapping[str, Any]]) -> SteeringPlan:
         PlanError: a vector in it can't be used.
     """
     if not isinstance(entries, Mapping) or not entries:
-        raise ExportError("a steering file for lm-eval must map module names to entries")
+        raise ExportError(f"a steering file for lm-eval must map module names to entries, got {shown(entries)}")
     return SteeringPlan(tuple(_intervention(name, entry) for name, entry in entries.items()))
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sims_lens.adapter import adapt
-from sims_lens.checks import check_path
+from sims_lens.checks import check_number, check_path
 from sims_lens.errors import ExportError, PlanError
 from sims_lens.export.check import (
     TOLERANCE,
@@ -180,6 +180,8 @@ def from_steerkit(path: str | Path, *, method: str | None = None, coefficient: f
     path = check_path(path, ExportError)
     if not path.is_file():
         raise ExportError(f"there is no {_STEERKIT} at {path}")
+    if coefficient is not None:
+        check_number("coefficient", coefficient, error=ExportError)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -37,7 +37,7 @@ from statistics import NormalDist
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sims_lens.checks import check_seed, shown
+from sims_lens.checks import check_integer, check_list, check_number, check_seed, shown
 from sims_lens.errors import ConfigError, TooFewPairsError
 from sims_lens.stats import CONFIDENCE, Interval
 
@@ -201,12 +201,16 @@ def corruption_curve(
     Reference: the theory is at the top of the module; the jackknife is Efron & Tibshirani 1993, chapter 11.
     """
     for what, rows_of, axes in (("clean", clean, 2), ("corrupted", corrupted, 3)):
-        if rows_of is not None and not (isinstance(rows_of, np.ndarray) and rows_of.ndim == axes and rows_of.size):
+        if (rows_of is not None or what == "clean") and not (
+            isinstance(rows_of, np.ndarray) and rows_of.ndim == axes and rows_of.size
+        ):
             shape = list(rows_of.shape) if isinstance(rows_of, np.ndarray) else shown(rows_of)
             raise ConfigError(f"{what} must be a numpy array with {axes} dimensions, got {shape}")
     if corrupted is not None and (corrupted.shape[0], corrupted.shape[2]) != clean.shape:
         raise ConfigError(f"corrupted has shape {list(corrupted.shape)}, clean {list(clean.shape)}; see the docstring")
     check_seed(seed)
+    check_integer("repeats", repeats)
+    epsilons = tuple(check_number("an epsilon", e) for e in check_list("epsilons", epsilons, "(0.0, 0.5)"))
     n = len(clean)
     if n < FEWEST:
         raise TooFewPairsError(f"{n} contrast pairs are too few to corrupt some of them; give {FEWEST} or more")
@@ -215,6 +219,8 @@ def corruption_curve(
         raise ConfigError(f"epsilons must be two or more rising probabilities such as (0.0, 0.25, 0.5), got {epsilons}")
     rows = clean if corrupted is None else np.concatenate([clean, corrupted.reshape(-1, clean.shape[1])])
     rows = rows.astype(np.float64)
+    if not np.isfinite(rows).all() or not rows[:n].any(1).all():
+        raise ConfigError("differences of pairs must be finite and not zero; leave out pairs whose texts are the same")
     gram = rows @ rows.T
     choices = 0 if corrupted is None else corrupted.shape[1]
     trial = _Trial.drawn(n, choices, repeats, seed)

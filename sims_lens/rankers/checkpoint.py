@@ -57,7 +57,7 @@ def locate(path_or_id: str | Path, revision: str | None = None) -> Checkpoint:
             at = f" at revision {revision!r}" if revision else ""
             raise RankerError(
                 f"the ranker's model {str(path_or_id)!r}{at} is neither a folder nor one that the Hugging Face hub "
-                f"gives out here ({one_line(error)}); check the name, log in if it is gated, and without a network "
+                f"gives out here ({one_line(error, 100)}); check the name, log in if it is gated, and offline "
                 "pass the folder of a downloaded checkpoint"
             ) from error
         checkpoint = Checkpoint(Path(found), str(path_or_id), Path(found).name)  # snapshots/<commit>
