@@ -24,7 +24,7 @@ from sims_lens.evaluate import score_changes
 from sims_lens.iteration import compose, fit_contrast
 from sims_lens.sampling import Readings
 from sims_lens.stats import crossed_mean, win_probability
-from sims_lens.store import RunStore, read_tensors
+from sims_lens.store import RunStore
 from sims_lens.strength import Divergence, find_strength
 from sims_lens.workbench import Workbench
 
@@ -58,7 +58,7 @@ class Read:
 def pool(run):
     """The unsteered model's responses, as many as the loop has drawn in all; the first are those of iteration 1."""
     folder = RunStore(run.path).folder("compared")
-    readings = Readings(**read_tensors(folder.path / "readings.safetensors"))
+    readings = Readings(**folder.read_tensors("readings"))
     means = {tuple(key): mean for key, mean in zip(readings.samples.tolist(), readings.means, strict=True)}
     return Read(folder.read_samples("pool"), means)
 

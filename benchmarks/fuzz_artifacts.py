@@ -25,7 +25,7 @@ from sims_lens.plan import Provenance, SteeringPlan
 from sims_lens.rankers.cache import JOURNAL, CachedRanker
 from sims_lens.report import write_report
 from sims_lens.stats import Interval
-from sims_lens.store import Folder, RunStore, read_json, read_jsonl, read_tensors, write_json, write_jsonl
+from sims_lens.store import Folder, RunStore, read_json
 from sims_lens.supervised import read_pairs
 
 LAYERS, D_MODEL, STEERED, PROMPTS = 4, 8, 2, 3
@@ -68,7 +68,9 @@ def artifacts(folder: Path) -> list[Artifact]:
     found = [
         Artifact("plan", "plan.safetensors", saved(folder, plan()), SteeringPlan.load, look_at_plan, 3),
         Artifact("plan, all", "plan.safetensors", saved(folder, every_transform()), SteeringPlan.load, look_at_plan, 3),
-        Artifact("vectors", "vectors.safetensors", tensors(folder), read_tensors, share=2),
+        Artifact(
+            "vectors", "vectors.safetensors", tensors(folder), lambda p: Folder(p.parent).read_tensors(p.stem), share=2
+        ),
         Artifact("tokens", TOKENS, (folder / TOKENS).read_bytes(), StoredTokens, list, share=2),
         Artifact("prompts, text", "p.txt", "\n".join(texts).encode(), sims.read_prompts),
         Artifact("prompts, lines", "p.jsonl", jsonl(texts[:1] + [{"prompt": t} for t in texts[1:]]), sims.read_prompts),
@@ -77,7 +79,13 @@ def artifacts(folder: Path) -> list[Artifact]:
         Artifact("pairs, lines", "pairs.jsonl", jsonl(pairs), read_pairs),
         Artifact("pairs, table", "pairs.csv", csv_of(pairs), read_pairs),
         Artifact("config", "config.json", as_json(sims.SIMSConfig().to_json()), read_config, share=2),
-        Artifact("bank", "bank.jsonl", jsonl(bank().to_rows()), lambda p: MemoryBank.from_rows(read_jsonl(p)), share=2),
+        Artifact(
+            "bank",
+            "bank.jsonl",
+            jsonl(bank().to_rows()),
+            lambda p: MemoryBank.from_rows(rows_of(p)),
+            share=2,
+        ),
         Artifact("samples", "heldout.jsonl", jsonl([asdict(s) for s in samples(0.0)]), read_samples, share=2),
         *(
             Artifact(name, "result.json", as_json(made.to_json()), lambda p, f=read: f(read_json(p)), look_at_result)
@@ -113,6 +121,14 @@ def look_at_result(found):
     drawn = [] if isinstance(found, Evaluation) else plots.figures(found)
     shown = repr(found), found.to_json(), [figure.to_html(include_plotlyjs=False) for figure in drawn]
     return shown, [getattr(found, name)() for name in ("_repr_html_", "table") if hasattr(found, name)]
+
+
+def read_tensors(path):
+    return Folder(path.parent).read_tensors(path.stem)
+
+
+def rows_of(path):
+    return Folder(path.parent).read_rows(path.stem)
 
 
 def read_config(path):
@@ -335,12 +351,12 @@ def write_run(path: Path) -> Path:
     store.begin({**header, "versions": {"python": "3.11"}}, rows)
 
     def finish(folder: Folder, metrics: object) -> None:
-        write_json(folder.path / "metrics.json", metrics)
+        folder.json("metrics", lambda: metrics)
         folder.spend("sample", Cost(seconds=1.0, prefill=1000, decode=2345, flops=3e12, peak=2 * 10**9))
         folder.finish()
 
     folder = store.folder("audit")
-    write_json(folder.path / "audit.json", audit().to_json())
+    folder.json("audit", lambda: audit().to_json())
     folder.finish()
     folder = store.folder("base")
     folder.samples("heldout", lambda: samples(0.0))
@@ -353,9 +369,11 @@ def write_run(path: Path) -> Path:
         shuffled, norms = torch.randn(2, LAYERS, D_MODEL), torch.linspace(4, 7, LAYERS)
         held = {"mean_difference": made, "shuffled": shuffled, "median_norm": norms}
         folder.tensors("vectors", lambda held=held: {**held, "split_half": torch.linspace(0.3, 0.8, LAYERS)})
-        SteeringPlan.addition({STEERED: made[STEERED]}, provenance=provenance()).save(folder.path / "plan.safetensors")
+        folder.write(
+            "plan.safetensors", SteeringPlan.addition({STEERED: made[STEERED]}, provenance=provenance()).to_bytes()
+        )
         folder.samples("heldout", lambda t=t: samples(float(t)))
-        write_jsonl(folder.path / "samples.jsonl", [asdict(s) for s in samples(t / 2)])
+        folder.write_samples("samples", samples(t / 2))
         checks = Checks(interval(1.0), interval(0.5), interval(0.4), interval(1.2), 0.9, 0.3, 0.8)
         metrics = {
             "evaluation": evaluation(float(t)).to_json(),

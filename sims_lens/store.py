@@ -51,7 +51,7 @@ CHECKSUMS = "checksums.jsonl"
 LOCK = "run.lock"
 JOURNAL = ".journal"
 _OURS = (".json", ".jsonl", ".safetensors")
-_MADE_FROM = (f"*{JOURNAL}", "*.responses.jsonl", "*.scored.jsonl", "*.scored.base.jsonl", "readings.safetensors")
+_MADE_FROM = (f"*{JOURNAL}", "*.responses.jsonl", "*.scored.jsonl", "*.scored.base.jsonl")
 """What a step leaves for the next ones; needed until the folder is complete."""
 _FOLDERS = ("audit", "base", "choice", "controls", "compared")
 
@@ -254,7 +254,9 @@ class Folder:
         files.write_bytes(self.path / CHECKSUMS, b"".join(rows))
 
     def _superfluous(self) -> list[Path]:
-        return [path for pattern in _MADE_FROM for path in self.path.glob(pattern)]
+        made_from = [path for pattern in _MADE_FROM for path in self.path.glob(pattern)]
+        fitted = [self.path / "readings.safetensors"] if self.has("vectors.safetensors") else []
+        return [path for path in made_from + fitted if path.is_file()]
 
 
 _FIGURES = ("score", "independent", "nll", "kl", "kl_95")
@@ -432,14 +434,16 @@ class RunStore:
         """
         header = {"format": FORMAT, "version": FORMAT_VERSION, **header}
         written = {"prompts.jsonl": _jsonl(dict(row) for row in prompts), "run.json": _json(header)}
-        known = self.root._checksums()
-        if not self.exists:
+        known, fresh = self.root._checksums(), not self.exists
+        if fresh:
             begun = (LOCK, CHECKSUMS, "prompts.jsonl")
             there = list(self.path.iterdir()) if self.path.is_dir() else []
             if any(p.name not in begun and p.suffix != files.TEMPORARY for p in there) or (
                 self.path.exists() and not self.path.is_dir()
             ):
                 raise RunError(f"{self.path} exists and holds no run; choose another folder")
+            with explained(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
         for name in set(self.root.damaged()) & {*written, "stopped.json"}:  # what else is here is the user's own
             again = hashlib.sha256(written.get(name, b"")).hexdigest()
             if known is not None and name in written and again not in known.get(name, ()):
@@ -451,6 +455,8 @@ class RunStore:
                 if known is None and self.exists:
                     raise RunError(f"{self.path / name} is missing; put a copy back, or start anew in another folder")
                 self.root.write(name, data)
+        if fresh:
+            return
         self._compare(header, json.loads(json.dumps(_parsed_lines(written["prompts.jsonl"], self.path))))
         self._mend()
 

@@ -1,6 +1,7 @@
 """The comparison: what each method is, what is matched, what it costs, and what is said of it."""
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from sims_lens.comparison.choosing import best_of, best_of_kl, rejection, reject
 from sims_lens.data import Sample
 from sims_lens.errors import ConfigError, RunError
 from sims_lens.plan import NOTHING, SteeringPlan
-from sims_lens.store import read_jsonl
+from sims_lens.store import Folder
 from sims_lens.strength import Divergence
 
 PROMPTS = [f"Say {a} {b}." for a, b in itertools.product(("sea", "sky", "sun", "rain"), ("now", "then", "why", "so"))]
@@ -131,7 +132,7 @@ def test_the_dose_is_matched_and_the_samples_are(found: Comparison, model: Any) 
 
     loop, shot = found["loop, 2 iterations"], found["one-shot, 6 responses a prompt"]
     assert loop.learning.responses == shot.learning.responses == 6 * len(run.indices("train"))
-    pool = {(s["prompt"], s["draw"]): s["tokens"] for s in read_jsonl(kept / "pool.jsonl")}
+    pool = {(s["prompt"], s["draw"]): s["tokens"] for s in Folder(kept).read_rows("pool")}
     first = run.samples(1, "train")
     assert all(pool[s.prompt, s.draw] == list(s.tokens) for s in first)  # the loop's own first responses
     assert len(pool) == 2 * len(first)
@@ -173,7 +174,7 @@ def test_best_of_n_is_measured_by_its_formula_and_the_instruction_by_the_model(f
     told = found["instruction"]
     run = sims.open_run(found.path / "seed_0")
     (file,) = (found.path / "seed_0" / "compared").glob("instruction_*.jsonl")
-    sample = next(s for s in read_jsonl(file) if s["nll"] is not None and s["tokens"])
+    sample = next(s for s in map(json.loads, file.read_text().splitlines()) if s["nll"] is not None and s["tokens"])
     plain, asked = (
         _log_probs(model, text, sample["tokens"])
         for text in (run.prompts[sample["prompt"]], f"{run.prompts[sample['prompt']]}\n\nUse vowels.")

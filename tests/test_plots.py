@@ -117,9 +117,8 @@ def write_run(
             "split_half": torch.linspace(0.3, 0.8, LAYERS),
         }
         folder.tensors("vectors", lambda tensors=tensors: tensors)
-        folder.path.mkdir(parents=True, exist_ok=True)
         plan = SteeringPlan.addition({STEERED: vectors[STEERED]}, provenance=provenance)
-        plan.save(folder.path / "plan.safetensors")
+        folder.write("plan.safetensors", plan.to_bytes())
         heldout_samples = samples(0.6 * t)
         folder.samples("heldout", lambda drawn=heldout_samples: drawn)
         metrics = {
