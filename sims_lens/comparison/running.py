@@ -462,9 +462,8 @@ class _Bench(Workbench):
             return asdict(found)
 
         plan = unit.scaled(float(kept.json(f"{label}.strength", factor)["factor"])) if dose == "KL" else unit
-        file = kept.path / f"{label}.plan.safetensors"
-        if not file.is_file():
-            plan.save(file)
+        if not kept.has(f"{label}.plan.safetensors"):
+            kept.write(f"{label}.plan.safetensors", plan.to_bytes())
         learning += Spent(flops=kept.costs().get(f"strength {label}", Cost()).flops)
         samples, base = self.measure(kept, label, "heldout", plan, name, self.base_samples)
         shown = name if dose == "KL" else f"{name}, at its norm"
