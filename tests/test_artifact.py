@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sims_lens import TokenScope
@@ -129,17 +128,15 @@ def test_saves_at_once_leave_one_of_the_plans_whole(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("disk\nfull"), KeyboardInterrupt("disk full")])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("disk full")])
 def test_a_save_that_fails_leaves_nothing(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(tensors: Any, path: Path, **options: Any) -> None:
-        path.write_bytes(b"half a pl")
+    def fails(descriptor: int) -> None:
         raise error
 
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
-    expected = PlanError if isinstance(error, SafetensorError) else type(error)
-    with pytest.raises(expected, match="disk full"):
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(type(error), match="disk full"):
         SteeringPlan.addition({0: direction(0)}).save(tmp_path / "plan.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -293,7 +290,7 @@ HOSTILE: dict[str, tuple[Callable[[File], Any], str]] = {
     "coefficient true": (_entry(lambda e: e.update(coefficient=True)), "coefficient must be a number, got True"),
     "coefficient of a list": (_entry(lambda e: e.update(coefficient=[1])), r"coefficient must be a number, got \[1\]"),
     "coefficient infinite": (_entry(lambda e: e.update(coefficient=float("inf"))), "coefficient must be finite"),
-    "coefficient huge": (_entry(lambda e: e.update(coefficient=10**400)), "OverflowError"),
+    "coefficient huge": (_entry(lambda e: e.update(coefficient=10**400)), "coefficient must be finite, got 1000"),
     "coefficient of 5000 digits": (lambda f: setattr(f, "plan", "1" * 5000), "ValueError: Exceeds the limit"),
     "norm true": (_entry(lambda e: e.update(residual_norm=True)), "residual_norm must be a positive number, got True"),
     "half-life true": (_entry(lambda e: e.update(half_life=True)), "half_life must be a positive number"),
@@ -301,7 +298,7 @@ HOSTILE: dict[str, tuple[Callable[[File], Any], str]] = {
     "scope unknown": (_entry(lambda e: e["scope"].update({"a\n\x1b[31m": True})), "TypeError.*keyword argument"),
     "no scope": (_entry(lambda e: e.update(scope={})), "a token scope must hold at least one"),
     "site of a list": (_entry(lambda e: e.update(site=["resid_post"])), r"site \['resid_post'\] is not one of"),
-    "a long site": (_entry(lambda e: e.update(site="x" * 10**6)), r"site 'xxx.*\.\.\.$"),
+    "a long site": (_entry(lambda e: e.update(site="x" * 10**6)), "site 'xxx.*… is not one of"),
     "kind of a list": (_entry(lambda e: e.update(transform=["addition"])), "TypeError"),
     "a tensor's name of a list": (_entry(lambda e: e.update(tensors={"vector": [["0.vector"]]})), "TypeError"),
     "value true": (_entry(lambda e: e["parameters"].update(value=True), 3), "value of a clamp must be a finite number"),
