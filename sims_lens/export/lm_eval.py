@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sims_lens.adapter import Adapter, adapt
-from sims_lens.checks import check_path
+from sims_lens.checks import check_path, shown
 from sims_lens.errors import ExportError
 from sims_lens.export.check import TOLERANCE, Exported, Nearest, block_output, restriction, write_file
 from sims_lens.models import checkpoint_of
