@@ -657,6 +657,12 @@ ENTRIES: dict[str, Entry] = {
     ),
     "StoredTokens": Entry(sims.StoredTokens, lambda lab: {"path": lab.folder}),
     "LocalSampler": Entry(_sample, lambda lab: {"model": lab.model, "prompts": PROMPTS[:2], "plan": lab.plan}),
+    "VLLMSampler": Entry(
+        sims.VLLMSampler,
+        lambda lab: {"model": lab.model},
+        {"config": _just((3, "greedy", {})), "concurrency": _just(_INTS), "tolerance": _just((-1, nan, "0", None))},
+        skip=("serve", "bridge"),  # objects of the user's own
+    ),
     # The loop and its measures
     "improve": Entry(
         sims.improve, lambda lab: {"model": lab.model, "prompts": PROMPTS, "ranker": letters, "config": CONFIG, **quiet}

@@ -188,9 +188,7 @@ def test_hook_points_are_those_of_the_model(model: Any) -> None:
     adapter = adapt(model)
     assert adapter.point(1, "attn_out") is model.hook_dict["blocks.1.hook_attn_out"]
     assert adapter.block(1) is model.blocks[1]
-    with pytest.raises(
-        PlanError, match=r"has no hook point blocks\.1\.hook_nothing, site 'nothing'; see"
-    ):
+    with pytest.raises(PlanError, match=r"has no hook point blocks\.1\.hook_nothing, site 'nothing'; see"):
         adapter.point(1, "nothing")
 
 

@@ -50,6 +50,18 @@ TAKES: dict[str, tuple[list[str], dict[str, tuple[str, ...]]]] = {
             "--steering.strength": ("-1", "0", "nan", "many"),
         },
     ),
+    "plan": (
+        ["--prompts", "100"],
+        {
+            "--prompts": ("-1", "0", "x"),
+            "--model-size": WORDS,
+            "--hardware": WORDS,
+            "--gpus": ("-1", "0", "x"),
+            "--judge": WORDS,
+            "--sampler": WORDS,
+            "--prompt-tokens": ("-1", "0", "nan", "x"),
+        },
+    ),
     "compare": (
         ["--prompts", "prompts.txt", "--model", "model", "--out", "out"],
         {

@@ -32,6 +32,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from sims_lens.adapter import Adapter, adapt
 from sims_lens.bank import plan_digest
+from sims_lens.checks import check_integer, check_kind, check_number
 from sims_lens.client import Client, in_parallel
 from sims_lens.config import SamplingConfig, SIMSConfig
 from sims_lens.cost import TokenCount
@@ -122,12 +123,14 @@ class VLLMSampler:
         concurrency: int = 64,
         tolerance: float = TOLERANCE,
     ) -> None:
-        self.model, self.config = model, config or SamplingConfig()
+        adapt(model)
+        self.model, self.config = model, SamplingConfig() if config is None else config
+        check_kind("config", self.config, SamplingConfig, "make one, as SamplingConfig()")
+        check_integer("concurrency", concurrency)
+        check_number("tolerance", tolerance, 0.0)
         self.count, self.road = TokenCount(), "not run yet"
         self._serve = serve or (None if bridge is not None else VLLMServer())
         self._bridge = None if bridge is None else _InProcess(bridge, adapt(model))
-        if concurrency < 1:
-            raise ConfigError(f"concurrency = {concurrency} is not 1 or more")
         if self.config.temperature < _LEAST_TEMPERATURE and self.config.top_k != 1:
             raise ConfigError(
                 f"temperature = {self.config.temperature} is below {_LEAST_TEMPERATURE}, which vLLM would take for "
