@@ -206,10 +206,9 @@ def saved(folder: Path, found: SteeringPlan) -> bytes:
 
 
 def tensors(folder: Path) -> bytes:
-    from sims_lens.store import write_tensors
-
-    write_tensors(folder / "v.safetensors", {"a": torch.ones(2, 3), "b": torch.zeros(5)}, {"of": "fuzz"})
-    return (folder / "v.safetensors").read_bytes()
+    made = Folder(folder / "made")
+    made.write_tensors("v", {"a": torch.ones(2, 3), "b": torch.zeros(5)}, {"of": "fuzz"})
+    return made.read("v.safetensors")
 
 
 def write_tokens(folder: Path) -> None:
@@ -386,7 +385,7 @@ def write_run(path: Path) -> Path:
         }
         finish(folder, metrics)
     finish(store.folder("controls"), {"controls": [evaluation(0.1 * k).to_json() for k in (1, 2)]})
-    store.stop("Two iterations in a row gained nothing.")
+    store.stop("Two iterations in a row gained nothing.", after=2)
     return path
 
 

@@ -79,7 +79,7 @@ def sims_rows(sampler: LocalSampler, model: Any, plan: sims.SteeringPlan) -> lis
     adapter = adapt(model)
     encoded = [adapter.encode(prompt) for prompt in PROMPTS]
     rows = [Row(i, k, uniforms(0, PROMPTS[i], k, 6).tolist()) for i in range(len(PROMPTS)) for k in range(3)]
-    return sorted((row.prompt, tuple(row.tokens)) for row in sampler._slowly(adapter, encoded, rows, plan))
+    return sorted((row.prompt, tuple(row.tokens)) for row in sampler._slowly(adapter, encoded, rows, plan, ()))
 
 
 def test_a_forced_pass_counts_a_prompt_once() -> None:

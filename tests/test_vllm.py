@@ -258,7 +258,7 @@ def test_plans_that_weights_cannot_hold_are_refused(model: Any, stub: Stub, chan
 def test_settings_that_vllm_cannot_honour_are_refused(model: Any, stub: Stub, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="temperature = 0.001 is below 0.01"):
         VLLMSampler(model, sims.SamplingConfig(temperature=0.001))
-    with pytest.raises(ConfigError, match="concurrency = 0 is not 1 or more"):
+    with pytest.raises(ConfigError, match="concurrency .* 0"):
         VLLMSampler(model, concurrency=0)
     with pytest.raises(ConfigError, match="scope = 'generation': vLLM steers every token alike"):
         sims.improve(

@@ -13,9 +13,9 @@ from typing import Any, Final
 import numpy as np
 import plotly.graph_objects as go
 
-from sims_lens.checks import check_mapping
-from sims_lens.errors import ConfigError, SimsError
-from sims_lens.plots.theme import BAND, BLUE, EDGE, HEIGHT, TEMPLATE, TEXT, check_result, plotly_text
+from sims_lens.checks import shown
+from sims_lens.errors import ConfigError
+from sims_lens.plots.theme import BAND, BLUE, EDGE, HEIGHT, TEMPLATE, TEXT, plotly_text
 
 _ROOM: Final = 76
 """Height of the slider with its labels, in pixels."""
@@ -45,11 +45,8 @@ def slider(figures: Mapping[str, go.Figure], *, label: str = "layer") -> go.Figu
     Raises:
         ConfigError: there are no figures, or they differ in their number or kinds of traces.
     """
-    check_mapping("figures", figures, "{'layer 1': figure}", SimsError)
-    for figure in figures.values():
-        check_result(figure, go.Figure)
     if not isinstance(figures, Mapping) or not figures:
-        raise ConfigError(f"slider needs figures by name, for instance {{'14': figure}}; got {figures!r}")
+        raise ConfigError(f"slider needs figures by name, for instance {{'14': figure}}; got {shown(figures)}")
     for name, figure in figures.items():
         if not isinstance(figure, go.Figure):
             raise ConfigError(f"slider needs figures; {name!r} is a {type(figure).__name__}: draw it first")
