@@ -150,9 +150,10 @@ def read_questions(answers):
 
 
 def read_judge_answer(path):
+    from sims_lens.client import _read
     from sims_lens.rankers.endpoint import _answer, verdict_of
 
-    answer = _answer(path.read_bytes())
+    answer = _read(path.read_bytes(), _answer)
     verdict = None if answer is None else verdict_of(answer)
     assert verdict is None or 0.0 <= verdict <= 1.0, f"a verdict of {verdict}"
 

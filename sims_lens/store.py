@@ -445,6 +445,9 @@ class RunStore:
             with explained(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
         for name in set(self.root.damaged()) & {*written, "stopped.json"}:  # what else is here is the user's own
+            if name in written and _read(self.path / name) == written[name]:  # it is its checksum that was lost
+                self.root.write(name, written[name])
+                continue
             again = hashlib.sha256(written.get(name, b"")).hexdigest()
             if known is not None and name in written and again not in known.get(name, ()):
                 raise RunError(f"{self.path / name} is damaged; put a copy back, or start anew in another folder")
