@@ -303,7 +303,7 @@ def read_json(path: Path) -> Any:
     Raises:
         RunError: the file is missing or damaged.
     """
-    return _parsed(_read(path), path)
+    return _parsed(_read(path), path, "delete the file and start the same again")
 
 
 def _json(value: Any) -> bytes:
@@ -328,11 +328,11 @@ def _read(path: Path) -> bytes:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _parsed(data: bytes, path: Path) -> Any:
+def _parsed(data: bytes, path: Path, remedy: str = _DAMAGED) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged ({error}); {_DAMAGED}") from error
+        raise DamagedError(f"{path} is damaged ({error}); {remedy}") from error
 
 
 def _parsed_lines(data: bytes, path: Path) -> list[Any]:

@@ -433,7 +433,7 @@ def test_a_folder_is_for_one_ranker(llama: Any, tmp_path: Path) -> None:
 
 def test_a_damaged_header_says_what_to_do(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(RunError, match="is damaged .*; delete the folder that it is in and start the same again"):
+    with pytest.raises(RunError, match="is damaged .*; delete the file and start the same again"):
         swept(llama, out=tmp_path, behaviour=SHARED)
 
 
