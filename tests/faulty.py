@@ -161,6 +161,7 @@ class Trial:
         if child:
             return child
         code = 1
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
         try:
             os.dup2(os.open(self.folder / "errors.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
             diary = Diary(self.folder / "diary.txt")
