@@ -348,7 +348,7 @@ def test_pairs_that_cannot_be_streamed(llama: Any) -> None:
         capture_moments(llama, ROWS[:2], ROWS[:3])
     with pytest.raises(ModelError, match="a column for each of 2 pairs, got"):
         capture_moments(llama, ROWS[:2], ROWS[2:4], weights=torch.ones(1, 4))
-    with pytest.raises(ModelError, match="row 3 has no token in scope 'response'"):
+    with pytest.raises(ModelError, match=r"row 3, \(\[20\], \[\]\), has no token in scope 'response'"):
         capture_moments(llama, ROWS[:2], [ROWS[2], ([20], [])])
     with pytest.raises(PlanError, match=r"layer 3 is not in 0\.\.2"):
         capture_moments(llama, ROWS[:2], ROWS[2:4], layers=(3,))

@@ -101,7 +101,7 @@ def test_what_cannot_be_measured(llama: Any) -> None:
         sims.interaction(llama, {"a": one}, {"v": vowels}, PROMPTS)
     with pytest.raises(ConfigError, match="none of them called 'together'"):
         sims.interaction(llama, {"a": one, TOGETHER: two}, {"v": vowels}, PROMPTS)
-    with pytest.raises(ConfigError, match="at least one ranker"):
+    with pytest.raises(ConfigError, match=r"rankers must have names, .* got \{\}"):
         sims.interaction(llama, {"a": one, "b": two}, {}, PROMPTS)
     with pytest.raises(ConfigError, match="samples must be an integer of at least 1, got 0"):
         sims.interaction(llama, {"a": one, "b": two}, {"v": vowels}, PROMPTS, samples=0)

@@ -251,7 +251,7 @@ def test_refusals(llama: Any) -> None:
         asked(by="layer")
     with pytest.raises(PlanError, match="layer 9"):
         logit_attribution(llama, TEXT, plan_of(9), answer=1)
-    with pytest.raises(PromptError, match="shorten it"):
+    with pytest.raises(PromptError, match=r"522 tokens, the context 128: shorten \('a', 'b"):
         logit_attribution(llama, ("a", "b" * 500), plan_of(1), answer=1)
 
 

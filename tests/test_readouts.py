@@ -279,7 +279,7 @@ def test_refusals(llama: Any, unchecked: None) -> None:
         readout(llama, v, top=0)
     with pytest.raises(ConfigError, match="coefficient"):
         readout(llama, v, coefficient=float("nan"))
-    with pytest.raises(ConfigError, match="layers is empty"):
+    with pytest.raises(PlanError, match="layers is empty"):
         readout(llama, v, layers=[])
     with pytest.raises(PlanError, match="no direction at layer 2"):
         readout(llama, v, layers=[2])

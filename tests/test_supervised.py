@@ -292,7 +292,7 @@ def test_pairs_that_cannot_be_used(llama: Any, pairs: Any, message: str) -> None
 def test_layers_and_sites_that_are_not_there(llama: Any) -> None:
     with pytest.raises(PlanError, match=r"layer 3 is not in 0\.\.2"):
         sims.fit(llama, PAIRS, layers=(3,))
-    with pytest.raises(FitError, match="layers is empty"):
+    with pytest.raises(PlanError, match="layers is empty"):
         sims.fit(llama, PAIRS, layers=())
     with pytest.raises(PlanError, match="nowhere"):
         sims.fit(llama, PAIRS, site="nowhere")

@@ -490,8 +490,6 @@ def _restricted(found: Directions, layers: Sequence[int] | None) -> Directions:
     if layers is None:
         return found
     chosen = tuple(sorted(layers))
-    if not chosen:
-        raise ConfigError("layers is empty; give some, or None for all of them")
     vectors = torch.stack([found.at(layer) for layer in chosen])
     kept = [found.layers.index(layer) for layer in chosen]
     return Directions(

@@ -31,11 +31,11 @@ from sims_lens.export.check import (
     Exported,
     Nearest,
     accept,
+    placed,
     prepare,
     reference,
     refuse_losses,
     restriction,
-    writable,
 )
 from sims_lens.models import checkpoint_of, load, read_checkpoint, write_checkpoint
 from sims_lens.plan import Intervention, SteeringPlan
@@ -105,7 +105,7 @@ def bake(model: Any, plan: SteeringPlan, folder: str | Path, *, tolerance: float
         PlanError: the plan doesn't fit the model.
         ModelError: the model's checkpoint isn't known.
     """
-    folder, source = writable(folder), checkpoint_of(model)
+    folder, source = placed(folder), checkpoint_of(model)
     if folder.exists():
         raise ExportError(f"{folder} exists; choose another folder, or remove it")
     plan = prepare(model, plan)

@@ -192,8 +192,8 @@ def accept(error: float, tolerance: float, what: str) -> None:
         )
 
 
-def writable(path: str | Path) -> Path:
-    """The path, if its folder exists and it is none itself.
+def placed(path: str | Path) -> Path:
+    """The path, if the folder that it is in exists.
 
     Raises:
         ExportError: not so.
@@ -201,6 +201,16 @@ def writable(path: str | Path) -> Path:
     path = check_path(path, ExportError)
     if not path.parent.is_dir():
         raise ExportError(f"folder {path.parent} does not exist; create it first")
+    return path
+
+
+def writable(path: str | Path) -> Path:
+    """The path of a file, if its folder exists and no folder has its name.
+
+    Raises:
+        ExportError: not so.
+    """
+    path = placed(path)
     if path.is_dir():
         raise ExportError(f"{path} is a folder; name a file")
     return path
