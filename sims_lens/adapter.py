@@ -238,6 +238,24 @@ class Adapter(ABC):
     def unregister(self, layer: int, name: str) -> None:
         """Undo :meth:`register`, also where it stopped halfway."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: the dtype of its first weights that are not quantised."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def floats(self, name: str, weight: Tensor) -> Tensor:
+        """A weight that is read as numbers, not run.
+
+        Raises:
+            ModelError: it is quantised: integers, which mean nothing without their scales.
+        """
+        if not weight.is_floating_point():
+            raise ModelError(
+                f"{name} of {self.name} is quantised ({str(weight.dtype).removeprefix('torch.')}) and can't be read; "
+                "load the model without quantisation for this"
+            )
+        return weight.detach()
+
     # Forward passes
 
     def check_runs(self) -> None:

@@ -147,7 +147,7 @@ def unembedding(model: Any, token: int) -> Float[Tensor, " d_model"]:
     adapter.check_runs()
     check_integer("token", token, 0, int(adapter.cfg.d_vocab) - 1)
     with torch.inference_mode():
-        columns = model.W_U.detach().float().cpu()
+        columns = adapter.floats("W_U", model.W_U).float().cpu()
         direction: Tensor = columns[:, token] - columns.mean(1)
         norm = getattr(model, "ln_final", None)
         if adapter.cfg.normalization_type is None or norm is None:

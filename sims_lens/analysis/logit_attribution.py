@@ -462,7 +462,7 @@ def _deltas(seen: Mapping[str, Tensor], layer: int, site: str) -> Iterator[tuple
 def _heads(adapter: Adapter, seen: Mapping[str, Tensor], layer: int) -> Iterator[tuple[Component, Tensor]]:
     """What each head writes, and the bias of the attention's output, through a norm that may come after it."""
     block = adapter.block(layer)
-    weight = block.attn.W_O.detach().double().cpu()  # type: ignore[union-attr,operator]
+    weight = adapter.floats(f"W_O of block {layer}", block.attn.W_O).double().cpu()  # type: ignore[union-attr,arg-type]
     bias = getattr(block.attn, "b_O", None)
     written = torch.einsum("hd,hdm->hm", seen[f"blocks.{layer}.attn.hook_z"].reshape(weight.shape[:2]), weight)
     factor = torch.ones(adapter.d_model, dtype=torch.float64)
@@ -488,7 +488,7 @@ class _Readout:
         self.name, self.tokens, self.tolerance = adapter.name, list(tokens), _tolerance(adapter)
         self.cap = float(getattr(adapter.cfg, "output_logits_soft_cap", None) or 0.0)
         normed = adapter.cfg.normalization_type is not None
-        unembedding = model.W_U.detach()[:, self.tokens].double().cpu()
+        unembedding = adapter.floats("W_U", model.W_U)[:, self.tokens].double().cpu()
         each = unembedding * (_gain(adapter, model.ln_final) if normed else torch.ones(1)).reshape(-1, 1)
         if _is_layernorm(adapter):
             each = each - each.mean(0)
@@ -538,8 +538,7 @@ def _is_layernorm(adapter: Adapter) -> bool:
 
 def _tolerance(adapter: Adapter) -> float:
     """Relative error that rounding explains: the stream is a sum of some hundred terms in the model's dtype."""
-    dtype = next(adapter.block(0).parameters()).dtype
-    return max(1e-4, 8 * float(torch.finfo(dtype).eps))
+    return max(1e-4, 8 * float(torch.finfo(adapter.dtype).eps))
 
 
 def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:

@@ -356,11 +356,10 @@ def logit_effects(model: Any, vectors: Float[Tensor, "direction d_model"]) -> Fl
     if vectors.shape[1] != adapter.d_model:
         raise PlanError(f"vectors have {vectors.shape[1]} entries each, {adapter.name} has d_model = {adapter.d_model}")
     width = min(int(adapter.cfg.d_vocab), len(adapter.tokenizer))
-    dtype = next(model.parameters()).dtype
     found = torch.empty(len(vectors), width)
     for start in range(0, len(vectors), _ROWS):
         rows = [unit_direction(v, f"direction {start + k}") for k, v in enumerate(vectors[start : start + _ROWS])]
-        x = math.sqrt(adapter.d_model) * torch.stack(rows)[None].to(adapter.device, dtype)
+        x = math.sqrt(adapter.d_model) * torch.stack(rows)[None].to(adapter.device, adapter.dtype)
         with torch.no_grad():
             odd = (_final_norm(adapter, x) - _final_norm(adapter, -x)) / 2  # its bias cancels
             bias = adapter.model.unembed(torch.zeros_like(x[:, :1]))
@@ -384,8 +383,7 @@ def _check_tail(adapter: Adapter) -> None:
     with torch.no_grad():
         (stream,) = capture_tokens(adapter.model, [(ids, ())], layers=[adapter.n_layers - 1], scope="all")
         logits = adapter.logits(tokens, torch.ones_like(tokens, dtype=torch.bool), keep=1)[0, -1]
-        dtype = next(adapter.model.parameters()).dtype
-        last = stream[None, -1:, 0].to(adapter.device, dtype)
+        last = stream[None, -1:, 0].to(adapter.device, adapter.dtype)
         tail = adapter.model.unembed(_final_norm(adapter, last))[0, -1]
     agreement = float(torch.corrcoef(torch.stack([logits.float(), tail.float()]))[0, 1])
     if not agreement > _SAME_TAIL:

@@ -47,7 +47,7 @@ def twin_of(model: Any, dtype: torch.dtype | None = None) -> "Twin | str":
         dtype: of the twin; the model's own where None. Another one means a copy of the weights.
     """
     weights = dict(model.named_parameters())
-    own = next(iter(weights.values())).dtype
+    own = adapt(model).dtype
     dtype = own if dtype is None else dtype
     kept = _TWINS.setdefault(model, {})
     mark = _fingerprint(model, weights)
@@ -63,6 +63,9 @@ _TWINS: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[Any, Twin | str]]]" = We
 def _made(model: Any, weights: dict[str, Tensor], own: torch.dtype, dtype: torch.dtype) -> "Twin | str":
     places = {weight.device for weight in weights.values()}
     types = {weight.dtype for weight in weights.values()}
+    whole = next((weight.dtype for weight in weights.values() if not weight.is_floating_point()), None)
+    if whole is not None:
+        return f"the model is quantised: it has weights of {str(whole).removeprefix('torch.')}"
     if len(places) > 1 or len(types) > 1:
         return f"the weights are on {len(places)} devices and of {len(types)} dtypes"
     try:
