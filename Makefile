@@ -3,6 +3,11 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= requirements/constraints.txt
+# Another TransformerLens than the pinned one, or `newest`: an environment of its own, all else as pinned.
+ifdef TRANSFORMER_LENS
+override VENV := .venv-tl-$(TRANSFORMER_LENS)
+override CONSTRAINTS := $(VENV)/constraints.txt
+endif
 PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 # uv does not read pip's configuration; this lets it use wheels that pip knows of (a CPU build of torch, say).
@@ -11,8 +16,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 AUDIT ?= $(UV) tool run pip-audit
 install = $(UV) pip install --quiet --python $(PY) -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-slow lint audit docs figures constraints clean
+.PHONY: help demo test test-all test-slow lint audit docs figures constraints clean
 .DEFAULT_GOAL := help
+.SECONDARY:
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +31,9 @@ $(UV): | $(PY)
 	@$(PY) -m pip install --quiet "uv>=0.9" 2>&1 | grep -v '^WARNING: Location' || true
 	@test -x $(UV)
 
+.venv-tl-%/constraints.txt: requirements/constraints.txt | $(PY)
+	@sed -E 's/^transformer-lens==.*/$(if $(filter newest,$*),,transformer-lens==$*)/' $< > $@
+
 # One stamp per group of packages: `demo` installs what the demo needs, `dev` the rest for tests and checks.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(UV)
 	@echo "installing sims_lens and its '$*' packages into $(VENV) (once; about 20 seconds)"
@@ -36,6 +45,9 @@ demo: $(VENV)/.installed-demo ## the loop on the embedded model, offline; ARGS="
 
 test: $(VENV)/.installed-test ## the test suite
 	@$(PY) -m pytest $(ARGS)
+
+test-all: test ## the test suite on TransformerLens 3.9 and on 4.3
+	@$(MAKE) --no-print-directory test TRANSFORMER_LENS=4.3.0
 
 test-slow: $(VENV)/.installed-test ## the statistical tests, some minutes each
 	@$(PY) -m pytest -m slow $(ARGS)

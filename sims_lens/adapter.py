@@ -241,7 +241,8 @@ class Adapter(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in: the dtype of its first weights that are not quantised."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        found: torch.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return found
 
     def floats(self, name: str, weight: Tensor) -> Tensor:
         """A weight that is read as numbers, not run.

@@ -255,6 +255,20 @@ def _number(value: object) -> int | float:
     return value if isinstance(value, int | float) else 0
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of the machine or of a device.
+
+    >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 GB."))
+    True
+    """
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def peak_memory() -> int:
     """Bytes that this process has taken at most so far, in main memory and on a CUDA device; 0 where it isn't told."""
     try:
@@ -279,6 +293,7 @@ __all__ = [
     "flops_text",
     "forced_count",
     "judge_tokens",
+    "out_of_memory",
     "peak_memory",
     "total",
 ]

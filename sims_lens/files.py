@@ -16,6 +16,8 @@ from sims_lens.errors import RunError
 TEMPORARY: Final = ".tmp"
 """What the name of a file ends with while it is being written; one that a crash left behind can be deleted."""
 
+_NO_LINKS: Final = getattr(os, "O_NOFOLLOW", 0)  # a link could lead a journal out of its folder
+
 _SYNC_SECONDS = 1.0
 """How often a journal is flushed to the disk: a killed process loses nothing of it, a power cut this much."""
 
@@ -65,6 +67,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 _REMEDIES: Final = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or ask for more",
+    errno.ELOOP: "it is a link: put the file in its place",
     errno.EROFS: "choose a folder that can be written to",
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
@@ -138,7 +141,7 @@ class Journal:
         """
         with explained(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o666)
         try:
             with explained(self.path):
                 self._end = _whole(self._descriptor)

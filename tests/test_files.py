@@ -81,6 +81,14 @@ def test_short_writes_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert written(tmp_path / "j", ROWS[:2]).read() == ROWS[:2]
 
 
+def test_a_journal_is_not_led_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "j").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunError, match="it is a link"), Journal(tmp_path / "j").open():
+        pass
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
 def test_files_get_the_rights_that_others_have(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_bytes(tmp_path / "f", b"")

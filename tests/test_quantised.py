@@ -83,7 +83,9 @@ def test_it_runs_by_itself_and_says_why(int8: Any) -> None:
 def test_the_loop_runs_on_it(int8: Any) -> None:
     prompts = [f"say {a}{b}" for a in "abcdef" for b in "xyz"]
     config = sims.SIMSConfig(
-        sampling=SamplingConfig(responses=3, max_new_tokens=4), steering=SteeringConfig(layers=(1,), strength=0.3), iterations=1
+        sampling=SamplingConfig(responses=3, max_new_tokens=4),
+        steering=SteeringConfig(layers=(1,), strength=0.3),
+        iterations=1,
     )
     run = sims.improve(int8, prompts, ranker=length, config=config, progress=False)
     assert run.plan.layers == (1,)

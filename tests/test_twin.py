@@ -707,6 +707,21 @@ def test_a_model_made_in_inference_mode_has_a_twin(fresh: Any, kind: str) -> Non
     assert drawn(model) == drawn(fresh("llama", kind))
 
 
+def test_memory_that_runs_out_while_a_twin_is_made_is_no_lasting_reason(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh("llama", "bridge")
+
+    def failing(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 GB.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sims_lens.twin.making._build", failing)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            twin_of(model)
+    assert isinstance(twin_of(model), Twin)
+
+
 @pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
 def test_settings_that_change_what_points_show_are_noticed(fresh: Any) -> None:
     model = fresh("llama", "hooked")

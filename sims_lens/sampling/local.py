@@ -14,7 +14,7 @@ import torch
 from sims_lens.adapter import Adapter, adapt, check_lengths, left_pad
 from sims_lens.checks import check_integer, check_kind, check_list, check_seed
 from sims_lens.config import SamplingConfig
-from sims_lens.cost import TokenCount
+from sims_lens.cost import TokenCount, out_of_memory
 from sims_lens.data import Sample
 from sims_lens.errors import ModelError, PromptError
 from sims_lens.holders import holding
@@ -259,7 +259,7 @@ class LocalSampler:
             if failed is None:
                 continue
             size = lanes.size
-            if size == 1 or not _out_of_memory(failed):
+            if size == 1 or not out_of_memory(failed):
                 raise failed
             most = size // 2
             logger.warning("out of memory with %d rows side by side; going on with %d", size, most)
@@ -367,7 +367,7 @@ class LocalSampler:
                 with self._drawing(plan, None, outer):
                     self._decode(adapter, prompts, batch, stops)
             except (MemoryError, RuntimeError) as error:
-                if size == 1 or not _out_of_memory(error):
+                if size == 1 or not out_of_memory(error):
                     raise
                 logger.warning("out of memory with %d rows side by side; going on with %d", size, size // 2)
                 size //= 2
@@ -436,10 +436,3 @@ def _free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)  # "mps" shares the machine's
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "not enough memory")
-    )

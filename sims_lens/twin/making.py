@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sims_lens.adapter import adapt
+from sims_lens.cost import out_of_memory
 from sims_lens.sites import STEERING
 from sims_lens.twin.attached import unhooked
 from sims_lens.twin.attention import Prefixes, PromptMemory, ResponseMemory
@@ -77,10 +78,8 @@ def _made(model: Any, weights: dict[str, Tensor], own: torch.dtype, dtype: torch
             twin = rounded
     except Unsupported as error:
         return str(error)
-    except MemoryError:
-        raise
     except Exception as error:  # of any architecture, at whatever place it differs: the model itself still runs
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):  # for now: were it remembered, the same run would take another road the next time
             raise
         logger.debug("no fast road", exc_info=True)
         text = " ".join(str(error).split())[:200]
