@@ -14,9 +14,9 @@ from common import KINDS, vector
 
 import sims_lens as sims
 from sims_lens.adapter import adapt
-from sims_lens.analysis import sweep as module
 from sims_lens.analysis.directions import directions_of
-from sims_lens.analysis.sweep import COEFFICIENTS, LayerSweep, SweepCell, layer_sweep
+from sims_lens.analysis.sweep import COEFFICIENTS, LayerSweep, SweepCell, layer_sweep, measuring
+from sims_lens.analysis.sweep.race import Race, _quantile, _student
 from sims_lens.behaviour import logprob_margin
 from sims_lens.calibration import FluencyBudget
 from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError, RankerError, RunError
@@ -198,7 +198,7 @@ def test_the_race_spends_less_and_chooses_the_same(llama: Any) -> None:
 
 def test_a_cell_that_fell_out_comes_back_beside_the_best() -> None:
     places = [("d", "resid_post", layer) for layer in range(4)]
-    race = module._Race(places, [(k, 1.0) for k in range(4)], np.arange(8), UNLIMITED)
+    race = Race(places, [(k, 1.0) for k in range(4)], np.arange(8), UNLIMITED)
     noise = np.array([0.1, -0.1, 0.05, -0.05])
     for cell, effect in enumerate((-1.0, 0.5, 1.0, -1.0)):
         race.found[cell, :4] = np.stack([effect + noise, noise, noise, np.zeros(4)], axis=1)
@@ -209,14 +209,14 @@ def test_a_cell_that_fell_out_comes_back_beside_the_best() -> None:
     race.seen[1:3, 4:] = True
     race.done |= {(1, 1), (2, 1)}
     assert {0, 1, 2} <= race.going() and race.behind({0, 1, 2}, 1) == {1: [0]}
-    broken = module._Race(places, [(k, 1.0) for k in range(4)], np.arange(4), FluencyBudget(1.5, 0.5))
+    broken = Race(places, [(k, 1.0) for k in range(4)], np.arange(4), FluencyBudget(1.5, 0.5))
     broken.found[:] = np.array([1.0, 1.0, 2.0, 5.0])
     assert broken.going() == set()
 
 
 def test_cells_are_compared_pair_by_pair() -> None:
     places = [("d", "resid_post", layer) for layer in range(4)]
-    race = module._Race(places, [(k, 1.0) for k in range(4)], np.arange(8), UNLIMITED)
+    race = Race(places, [(k, 1.0) for k in range(4)], np.arange(8), UNLIMITED)
     hard = np.linspace(-3.0, 5.0, 8)  # how far a pair moves at all: far more than the cells differ
     for cell, behind in enumerate((0.2, 0.2, 0.1, 0.0)):
         race.found[cell] = np.stack([hard - behind, hard, 0 * hard, 0 * hard], axis=1)
@@ -228,12 +228,12 @@ def test_cells_are_compared_pair_by_pair() -> None:
 def test_student_intervals_hold_for_few() -> None:
     stats = pytest.importorskip("scipy.stats")
     for degrees in (3, 7, 15, 63):
-        assert module._quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=0.01)
+        assert _quantile(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=0.01)
     values = np.array([1.0, 2.0, 4.0, 3.0])
-    mean, low, high = module._student(values, np.ones(4))
+    mean, low, high = _student(values, np.ones(4))
     half = stats.t.ppf(0.975, 3) * values.std(ddof=1) / 2
     assert (mean, low, high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), abs=0.02)
-    assert module._student(np.empty(0), np.empty(0)) == (math.inf,) * 3
+    assert _student(np.empty(0), np.empty(0)) == (math.inf,) * 3
 
 
 def test_nothing_is_chosen_where_nothing_helps(llama: Any) -> None:
@@ -312,7 +312,7 @@ def test_of_a_run(fresh: Any, tmp_path: Path) -> None:
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """The forced runs, counted; the one after so many is interrupted."""
     calls = [0, after]
-    whole = module._against
+    whole = measuring._against
 
     def counted(*args: Any) -> Any:
         if calls[0] == calls[1]:
@@ -320,14 +320,14 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
         calls[0] += 1
         return whole(*args)
 
-    monkeypatch.setattr(module, "_against", counted)
+    monkeypatch.setattr(measuring, "_against", counted)
     return calls
 
 
 def test_goes_on_with_the_same_result_and_does_nothing_twice(
     llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(measuring, "BATCH_TOKENS", 40)
     source = planted(llama)
     calls = interrupted(monkeypatch, -1)
     whole = swept(llama, source, coefficients=COEFFICIENTS)
