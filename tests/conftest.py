@@ -1,15 +1,24 @@
 """Tiny models of every architecture and both kinds, made once; each test must give them back as it got them."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
-import tiny
-import torch
-from common import KINDS, fingerprint
 
-import sims_lens as sims
+# Types and shapes are checked while the tests run; in the decoding loop that takes more time than the loop itself, so
+# there test_shapes.py does it, once.
+LOOP = {"sampling", "twin"}
+ROOMS = {path.stem for path in (Path(__file__).parents[1] / "sims_lens").iterdir()} - {"__init__", "__pycache__", "py"}
+jaxtyping.install_import_hook([f"sims_lens.{room}" for room in sorted(ROOMS - LOOP)], "beartype.beartype")
+
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from common import KINDS, fingerprint  # noqa: E402
+
+import sims_lens as sims  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -19,6 +28,18 @@ Load = Callable[..., Any]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The notebooks take minutes each: first, so that no worker waits at the end for the other's."""
     items.sort(key=lambda item: "test_notebooks.py" not in item.nodeid)
+    cases: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("cases") is not None:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for several in cases.values():
+        marker = several[0].get_closest_marker("cases")
+        assert marker is not None
+        (wanted,) = marker.args
+        kept = {round((k + 0.5) * len(several) / wanted - 0.5) for k in range(wanted)}
+        for k, item in enumerate(several):
+            if k not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

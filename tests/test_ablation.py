@@ -155,6 +155,7 @@ def test_without_an_effect_there_is_no_share(zoo: Any) -> None:
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
+@pytest.mark.cases(8)
 def test_pairs_on_a_real_forward_pass(model: Any, site: str) -> None:
     """Against an independent reference: margins of plans that are written out by hand."""
     plan, behaviour = plan_of(1, 2, scope="generation", site=site), PairBehaviour(PAIRS)

@@ -211,6 +211,7 @@ def decaying(scope: str) -> SteeringPlan:
     return SteeringPlan((replace(one, half_life=2.0),))
 
 
+@pytest.mark.cases(4)
 def test_what_rows_share_changes_nothing(model: Any, run: list[int]) -> None:
     for shared in SHARED:
         rows = alike(shared)
@@ -223,6 +224,7 @@ def test_what_rows_share_changes_nothing(model: Any, run: list[int]) -> None:
 
 
 @pytest.mark.parametrize("steered", ["all", "prompt", "last_prompt", "generation", "response"])
+@pytest.mark.cases(4)
 def test_whatever_is_steered_and_read(llama: Any, steered: str) -> None:
     for shared in SHARED:
         rows = alike(shared)

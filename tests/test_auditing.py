@@ -55,6 +55,7 @@ def within(interval: Interval | None, truth: float) -> bool:
         ("noise", 0.2, {"weak"}),
     ],
 )
+@pytest.mark.cases(2)
 def test_the_intervals_hold_what_is_planted_in_lists(fault: str, rate: float, verdicts: set[str]) -> None:
     truth = Judge(fault, rate).truth()
     covered, found = Counter(), Counter()

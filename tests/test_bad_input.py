@@ -34,7 +34,7 @@ SLOW = {
     "lab.misled": 2,
     "lab.reward_hacking": 2,
 }
-EXAMPLES = 12
+EXAMPLES = 6
 
 
 def answer(text: str) -> dict[str, str]:

@@ -119,6 +119,7 @@ def test_the_circuit_is_what_it_says(circuit: tuple[Any, Truth]) -> None:
     ("site", "scope"),
     [("resid_pre", "all"), ("attn_out", "generation"), ("mlp_out", "all"), ("resid_post", "generation")],
 )
+@pytest.mark.cases(12)
 def test_losses_agree_with_hooks_of_transformer_lens(model: Any, site: str, scope: str) -> None:
     """Rows one by one, no cache, no replay, TransformerLens' own hooks."""
     plan = plan_of(1, site=site, scope=scope)
@@ -216,6 +217,7 @@ def test_gradients_agree_with_differences(model: Any) -> None:
 
 
 @pytest.mark.parametrize("site", ["attn_out", "resid_post"])
+@pytest.mark.cases(8)
 def test_a_reader_is_one_whose_input_alone_is_changed(model: Any, site: str) -> None:
     plan = plan_of(1, site=site, scope="all")
     found = direction_readers(model, plan, PAIRS, exact="all", progress=False)

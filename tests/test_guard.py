@@ -138,6 +138,7 @@ def never_worse(run: sims.Run) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.cases(1)
 def test_a_coefficient_ten_times_too_big(model: Any, tmp_path: Path, seed: int) -> None:
     wanted = replace(config(steering={"strength": 3.0}, iterations=2), seed=seed)
     run = improve(model, tmp_path / "run", config=wanted)
@@ -154,6 +155,7 @@ def test_a_coefficient_ten_times_too_big(model: Any, tmp_path: Path, seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.cases(1)
 def test_an_oracle_that_turns_round(model: Any, tmp_path: Path, seed: int) -> None:
     second = tmp_path / "run" / "iterations" / "02.partial"
 

@@ -659,6 +659,7 @@ def test_a_deep_copy_has_steering_of_its_own(fresh: Callable[..., Any], architec
 
 
 @pytest.mark.parametrize("site", SITES)
+@pytest.mark.cases(12)
 def test_units_of_the_residual_norm_are_measured_on_attaching(model: Any, site: str) -> None:
     norms = []
     for prompt in everyday(16):

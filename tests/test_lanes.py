@@ -61,6 +61,7 @@ def threads_used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("rows", [None, 6])
+@pytest.mark.cases(4)
 def test_lanes_change_nothing(model: Any, name: str, rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, used, found = PLANS[name], threads_used(monkeypatch), []
     for count in (1, 3):

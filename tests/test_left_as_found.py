@@ -200,6 +200,7 @@ QUICK = ("steered", "sampled", "captured")
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.cases(2)
 def test_an_interrupt_at_some_lines_leaves_the_model(llama: Any, name: str) -> None:
     assert check_interrupted(llama, name, most=25, error=KeyboardInterrupt) > 10
 
@@ -243,6 +244,7 @@ def firing(model: Any, run: Callable[[], Any], stop: int, error: type[BaseExcept
 
 
 @pytest.mark.parametrize("name", ["steered", "sampled", "captured", "measured"])
+@pytest.mark.cases(4)
 def test_a_hook_of_the_users_may_raise_at_any_firing(llama: Any, name: str) -> None:
     before, run = everything(llama), lambda: CALLS[name](llama)
     total = firing(llama, run, 0, KeyboardInterrupt)
@@ -257,6 +259,7 @@ def test_a_hook_of_the_users_may_raise_at_any_firing(llama: Any, name: str) -> N
 
 
 @pytest.mark.parametrize("method", ["sample", "sample_and_read", "sample_and_measure"])
+@pytest.mark.cases(2)
 def test_a_samplers_iterator_can_be_dropped(llama: Any, method: str) -> None:
     expected, before = sampled(llama), everything(llama)
     for taken in (0, 1, 3):

@@ -50,6 +50,7 @@ def final(
 
 
 @pytest.mark.parametrize("by", ["component", "head"])
+@pytest.mark.cases(8)
 def test_the_parts_add_up_to_the_stream_and_the_logits(model: Any, by: str) -> None:
     plan = everywhere()
     for position in (-1, 4):

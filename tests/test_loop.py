@@ -180,6 +180,7 @@ def test_both_kinds_learn_the_same_vectors(folder: Path, run: sims.Run, tmp_path
 
 
 @pytest.mark.parametrize("calls", [1, 5, 11, 25, 40])
+@pytest.mark.cases(2)
 def test_a_failing_ranker_loses_nothing(model: Any, run: sims.Run, tmp_path: Path, calls: int) -> None:
     out = tmp_path / "resumed"
     left = [calls]
@@ -297,6 +298,7 @@ def test_wrong_settings_name_the_value_and_the_remedy(make: Any, message: str) -
         (lambda r: None, "None"),
     ],
 )
+@pytest.mark.cases(2)
 def test_bad_scores_are_refused_and_the_run_goes_on_later(
     model: Any, tmp_path: Path, scores: Any, message: str
 ) -> None:
@@ -396,6 +398,7 @@ def test_an_independent_evaluator_is_reported_beside_the_ranker(model: Any, run:
 
 @pytest.mark.parametrize("memory", [1, None])
 @pytest.mark.parametrize(("form", "steered"), [("likelihood", False), ("pairwise", False), ("likelihood", True)])
+@pytest.mark.cases(2)
 def test_the_model_can_judge_itself(model: Any, tmp_path: Path, form: str, steered: bool, memory: int | None) -> None:
     short = "{prompt} {first} {second} {criterion}" if form == "pairwise" else None  # for a context of 128
     judge = sims.SelfJudge("more cheerful", form=form, steered=steered, template=short)

@@ -48,10 +48,12 @@ def check(model: Any, plan: SteeringPlan) -> None:
 
 
 @pytest.mark.parametrize(("scope", "layer", "site"), CASES)
+@pytest.mark.cases(12)
 def test_side_effects_are_those_of_separate_passes(model: Any, scope: str, layer: int, site: str) -> None:
     check(model, SteeringPlan.addition({layer: vector()}, coefficient=1.0, scope=scope, site=site))
 
 
+@pytest.mark.cases(4)
 def test_several_layers_decay_and_no_plan_at_all(model: Any) -> None:
     plan = SteeringPlan.addition({2: vector()}) + SteeringPlan.addition({1: vector(1)}, coefficient=2.0).decaying(3.0)
     check(model, plan)

@@ -46,12 +46,9 @@ def executed(script: Path, folder: Path) -> None:
     assert (folder / f"{script.stem}.ipynb").is_file()
 
 
-# The two longest take four and three minutes of a core each: `make test-slow` runs them.
-LONG = {"03_where_a_direction_lives", "05_judging_the_judge"}
-
-
+# One to four minutes of a core each: all but the first run with `make test-slow`.
 def to_run(scripts: list[Path]) -> list[Any]:
-    return [pytest.param(s, id=s.stem, marks=[pytest.mark.slow] if s.stem in LONG else []) for s in scripts]
+    return [pytest.param(s, id=s.stem, marks=[] if s == SCRIPTS[0] else [pytest.mark.slow]) for s in scripts]
 
 
 # Two classes, because xdist gives a class to one worker as a whole: the halves run side by side.

@@ -164,6 +164,7 @@ def check_bits(
         assert all(torch.equal(together[key], values) for key, values in seen.items()), prompt
 
 
+@pytest.mark.cases(2)
 def test_logits_are_the_same_to_the_bit_whatever_stands_beside(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     often(model, monkeypatch)
     vector = torch.randn(adapt(model).d_model, generator=torch.Generator().manual_seed(0))

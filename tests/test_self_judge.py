@@ -147,6 +147,7 @@ def test_likelihoods_are_those_of_single_forward_passes(model: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["likelihood", "pairwise", "pointwise", "graded"])
+@pytest.mark.cases(8)
 def test_scores_do_not_depend_on_the_batch(model: Any, form: str) -> None:
     judge = judge_for(model, form)
     together = judge.bind(model).rank_all(ITEMS)

@@ -66,6 +66,7 @@ def swept(model: Any, source: Any = None, **options: Any) -> LayerSweep:
 
 
 @pytest.mark.parametrize("scope", ["generation", "all"])
+@pytest.mark.cases(8)
 def test_effects_are_changes_of_the_margin(model: Any, scope: str) -> None:
     sweep = swept(model, behaviour=SHARED, scope=scope, adaptive=False, coefficients=(0.0, -0.3, 0.3))
     base = logprob_margin(model, SHARED)

@@ -117,6 +117,7 @@ def check_greedy(model: Any, found: dict[str, tuple[int, ...]], plan: SteeringPl
 # --- with plans ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cases(6)
 def test_nearly_greedy_samples_are_the_models_own(model: Any) -> None:
     start = tiny.ARCHITECTURES.index(adapt(model).name.removeprefix("tiny-"))
     for name in ("unsteered", SCOPES[start % 5], SCOPES[(start + 2) % 5], "half-life"):  # every scope on some of them
@@ -133,6 +134,7 @@ def test_nearly_greedy_samples_are_the_models_own(model: Any) -> None:
     assert own[: len(free[PROMPTS[1]])] == list(free[PROMPTS[1]])
 
 
+@pytest.mark.cases(6)
 def test_teacher_forced_logits_are_the_adapters(model: Any) -> None:
     prompts, replies = texts()
     base, before = logits(model), []
@@ -160,6 +162,7 @@ def test_nested_plans_act_as_on_the_model(llama: Any) -> None:
     check_greedy(llama, found, outer + inner)
 
 
+@pytest.mark.cases(6)
 def test_every_point_that_the_twin_fires_acts_as_on_the_model(model: Any) -> None:
     """Not only what a point shows, but also what an edit of it does."""
     twin = twin_of(model)
@@ -296,6 +299,7 @@ def check_generated(found: dict[str, tuple[int, ...]], own: dict[str, tuple[int,
 
 @pytest.mark.skipif("hooked" not in KINDS, reason="TransformerLens 4 has no HookedTransformer")
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.cases(2)
 def test_edits_inside_the_attention_act_as_in_generate(fresh: Any, architecture: str) -> None:
     model = fresh(architecture, "hooked")
     model.set_use_attn_result(True)
@@ -630,6 +634,7 @@ def another_scale(model: Any) -> None:
         another_scale,
     ],
 )
+@pytest.mark.cases(8)
 def test_a_changed_model_is_sampled_as_it_is_now(fresh: Any, kind: str, change: Callable[[Any], None]) -> None:
     model = fresh("llama", kind)
     before, base = drawn(model, PROMPTS[:2]), logits(model)
