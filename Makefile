@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 AUDIT ?= $(UV) tool run pip-audit
 install = $(UV) pip install --quiet --python $(PY) -c $(CONSTRAINTS)
 
-.PHONY: help demo test test-all test-slow lint audit docs figures constraints clean
+.PHONY: help demo test quick test-all test-slow lint audit docs figures constraints clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 
@@ -45,6 +45,9 @@ demo: $(VENV)/.installed-demo ## the loop on the embedded model, offline; ARGS="
 
 test: $(VENV)/.installed-test ## the test suite
 	@$(PY) -m pytest $(ARGS)
+
+quick: $(VENV)/.installed-test ## one case of each test, without those that take long: two minutes
+	@$(PY) -m pytest --quick $(ARGS)
 
 test-all: test ## the test suite on TransformerLens 3.9 and on 4.3
 	@$(MAKE) --no-print-directory test TRANSFORMER_LENS=4.3.0

@@ -22,20 +22,48 @@ import sims_lens as sims  # noqa: E402
 
 torch.set_num_threads(1)
 
+LONG = {
+    "test_auditing",
+    "test_bad_input",
+    "test_bad_input_cli",
+    "test_browser",
+    "test_calibration",
+    "test_cli",
+    "test_comparison",
+    "test_endurance",
+    "test_faults",
+    "test_guard",
+    "test_harness",
+    "test_lab",
+    "test_lab_corruption",
+    "test_left_as_found",
+    "test_loop",
+    "test_notebooks",
+    "test_security",
+    "test_shapes",
+    "test_vllm",
+}
+"""Files that take more than some seconds however few their cases."""
+
 Load = Callable[..., Any]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="one case of each test, and none that takes many seconds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The notebooks take minutes each: first, so that no worker waits at the end for the other's."""
     items.sort(key=lambda item: "test_notebooks.py" not in item.nodeid)
+    quick = config.getoption("--quick")
     cases: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("cases") is not None:
-            cases[item.nodeid.partition("[")[0]].append(item)
+        cases[item.nodeid.partition("[")[0]].append(item)
+        if quick and item.path.stem in LONG:
+            item.add_marker(pytest.mark.slow)
     for several in cases.values():
         marker = several[0].get_closest_marker("cases")
-        assert marker is not None
-        (wanted,) = marker.args
+        wanted = 1 if quick else marker.args[0] if marker is not None else len(several)
         kept = {round((k + 0.5) * len(several) / wanted - 0.5) for k in range(wanted)}
         for k, item in enumerate(several):
             if k not in kept:
