@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 AUDIT ?= $(UV) tool run pip-audit
 install = $(UV) pip install --quiet --python $(PY) -c $(CONSTRAINTS)
 
-.PHONY: help demo test quick test-all test-slow lint audit docs figures constraints clean
+.PHONY: help demo test quick test-all test-slow lint package audit docs figures constraints clean
 .DEFAULT_GOAL := help
 .SECONDARY:
 
@@ -57,6 +57,10 @@ test-slow: $(VENV)/.installed-test ## the statistical tests, some minutes each
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+package: $(VENV)/.installed-test ## wheel and source archive in dist/, each tried in an empty environment (minutes; asks the package index)
+	@rm -rf dist && $(UV) build --quiet --out-dir dist .
+	@$(PY) -m pytest -m "slow or not slow" -n 0 tests/test_packaging.py $(ARGS)
 
 docs: $(VENV)/.installed-docs ## the site, in docs/_build/html, offline; every warning is an error (Python 3.11 or newer)
 	@$(PY) -m doctest docs/extensions/*.py
