@@ -346,13 +346,13 @@ class SteeringPlan:
 
     @property
     def is_centred(self) -> bool:
-        """Whether every direction has mean zero."""
+        """Whether every direction has mean zero; a transform of one's own that has no direction has none that has."""
 
-        def raw(i: Intervention) -> Tensor:
-            return (i.transform.vector if isinstance(i.transform, Addition) else _direction(i)).detach()
+        def raw(i: Intervention) -> object:
+            return i.transform.vector if isinstance(i.transform, Addition) else getattr(i.transform, "direction", None)
 
-        vectors = [raw(i) for i in self.interventions]
-        return all(abs(float(v.mean())) * math.sqrt(len(v)) <= _CENTRED * float(v.norm()) for v in vectors)
+        vectors = [v.detach() if isinstance(v := raw(i), Tensor) else None for i in self.interventions]
+        return all(v is not None and abs(float(v.mean())) * math.sqrt(len(v)) <= _CENTRED * float(v.norm()) for v in vectors)
 
     def orthogonal_to(self, other: "SteeringPlan") -> "SteeringPlan":
         """This plan without what its directions share with those of ``other`` at the same layer and site.
