@@ -352,7 +352,9 @@ class SteeringPlan:
             return i.transform.vector if isinstance(i.transform, Addition) else getattr(i.transform, "direction", None)
 
         vectors = [v.detach() if isinstance(v := raw(i), Tensor) else None for i in self.interventions]
-        return all(v is not None and abs(float(v.mean())) * math.sqrt(len(v)) <= _CENTRED * float(v.norm()) for v in vectors)
+        return all(
+            v is not None and abs(float(v.mean())) * math.sqrt(len(v)) <= _CENTRED * float(v.norm()) for v in vectors
+        )
 
     def orthogonal_to(self, other: "SteeringPlan") -> "SteeringPlan":
         """This plan without what its directions share with those of ``other`` at the same layer and site.

@@ -64,7 +64,9 @@ def test_every_exception_of_mypy_is_named() -> None:
     assert not re.search(r"type: ignore(?!\[)", code), "say which error is ignored"
     used = {each.strip() for found in re.findall(r"type: ignore\[([\w\-, ]+)\]", code) for each in found.split(",")}
     table = PAGE.read_text(encoding="utf-8").partition("\n## Types")[2]
-    named = {each for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for each in re.findall(r"`([^`]+)`", row)}
+    named = {
+        each for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for each in re.findall(r"`([^`]+)`", row)
+    }
     assert used == named
 
 

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 if not (DOCS / "index.md").is_file():
     pytest.skip("no documentation in this copy", allow_module_level=True)
-PAGES = [ROOT / "README.md", *sorted(p for p in DOCS.rglob("*.md") if p.relative_to(DOCS).parts[0] != "notebooks")]
+FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*FRONT, *sorted(p for p in DOCS.rglob("*.md") if p.relative_to(DOCS).parts[0] != "notebooks")]
 FENCE = re.compile(r"^(?P<marks>`{3,})(?P<language>[^\n]*)\n(?P<body>.*?)^(?P=marks)[ ]*$", re.MULTILINE | re.DOTALL)
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -170,12 +171,12 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed: set[Path] = set()
-    for page in PAGES[1:]:
+    for page in PAGES[len(FRONT) :]:
         for block in blocks(page):
             if block.language == "{toctree}":
                 entries = [line.split("<")[-1].rstrip(">") for line in block.body.splitlines() if line.strip()]
                 listed |= {(page.parent / f"{entry}.md").resolve() for entry in entries if not entry.startswith(":")}
-    assert {page.resolve() for page in PAGES[1:]} - listed == {(DOCS / "index.md").resolve()}
+    assert {page.resolve() for page in PAGES[len(FRONT) :]} - listed == {(DOCS / "index.md").resolve()}
 
 
 # The reference.
