@@ -70,7 +70,7 @@ def test_every_public_name_loads_and_is_documented() -> None:
 
 
 def test_importing_is_light() -> None:
-    heavy = ("torch", "transformer_lens", "plotly", "pandas", "sklearn")
+    heavy = ("torch", "transformers", "transformer_lens", "plotly", "numpy", "pandas", "scipy", "sklearn", "jaxtyping")
     code = f"import sims_lens, sys; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and done.stderr == ""
