@@ -6,8 +6,8 @@ docs/data/comparison_ORACLE.json and prints its table; `--table` prints it again
 oracle, on a CPU that multiplies in bfloat16. What was computed is kept in `--out`; a second call goes on from there.
 
 `--small` is one seed with 50 of 80 prompts held out, one answer to each, two iterations at a given layer, no controls.
-`--dpo` trains the weights on the loop's pairs as well (`pip install "sims-lens[dpo]"`). With either the files are called
-comparison_ORACLE_small.json, _dpo.json or _small_dpo.json.
+`--dpo` trains the weights on the loop's pairs as well (`pip install "sims-lens[dpo]"`). With either, the file is
+comparison_ORACLE_small.json, comparison_ORACLE_dpo.json or comparison_ORACLE_small_dpo.json.
 """
 
 import argparse

@@ -189,6 +189,7 @@ __all__ = [
     "Capability",
     "Clamp",
     "Comparison",
+    "DPOConfig",
     "ContrastConfig",
     "EndpointJudge",
     "Ensemble",

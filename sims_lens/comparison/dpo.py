@@ -118,10 +118,10 @@ def check_dpo(model: Any, configs: object) -> tuple[DPOConfig, ...]:
     for config in found:
         if not isinstance(config, DPOConfig):
             raise ConfigError(f"dpo must be a list such as [DPOConfig()], got {shown(config)} in it")
-        for package in ("trl", "datasets") + (() if config.rank is None else ("peft",)):
+        for package in ("trl",) + (() if config.rank is None else ("peft",)):
             if find_spec(package) is None:
-                full = "; or DPOConfig(rank=None), which trains every weight" if package == "peft" else ""
-                raise ConfigError(f'DPO needs the package {package}: pip install "sims-lens[dpo]"{full}')
+                other = " (Python 3.11 or newer)" if package == "trl" else ", or train every weight, with rank=None"
+                raise ConfigError(f'DPO needs the package {package}: pip install "sims-lens[dpo]"{other}')
     if len({config.name for config in found}) < len(found):
         raise ConfigError(f"the configs of dpo must be distinct, got {shown([config.name for config in found], 200)}")
     if found:
@@ -182,7 +182,8 @@ def training_flops(
 
     The reference is read once. In each epoch there is a forward pass, the gradient of each activation, which takes as
     much, and that of each weight that is trained: as much again where all are, six operations for each weight of LoRA
-    and token in all, its own passes included, where LoRA's are.
+    and token in all, its own passes included, where LoRA's are. Distributions are computed at each token, of the prompt
+    too, and take three passes in either case: that is how TRL does it (``tests/test_dpo.py`` counts).
 
     Args:
         arithmetic: of the model.
@@ -193,10 +194,11 @@ def training_flops(
     >>> training_flops(Arithmetic(1.0, 0.0, 0.0), [(3, 2)], epochs=1, adapters=None)
     20.0
     """
-    forward = arithmetic.flops(TokenCount.forced((p + r for p, r in rows), logits=sum(r for _, r in rows)))
     tokens = sum(p + r for p, r in rows)
+    blocks = arithmetic.flops(TokenCount.forced(p + r for p, r in rows))
     passes = 1 + epochs * (3 if adapters is None else 2)
-    return float(passes * forward + 6.0 * (adapters or 0) * tokens * epochs)
+    head = arithmetic.flops(TokenCount(logits=tokens)) * (1 + 3 * epochs)
+    return float(passes * blocks + head + 6.0 * (adapters or 0) * tokens * epochs)
 
 
 def _end(adapter: Adapter) -> int | None:
@@ -271,16 +273,17 @@ def _train(
     if config.rank is not None:
         from peft import LoraConfig
 
-        lora = LoraConfig(
-            r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    tokenizer = copy.deepcopy(adapter.tokenizer)  # it is given a pad token
+    if tokenizer.eos_token is None and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # pads are masked: any token will do
     start = time.perf_counter()
     with redirect_stderr(io.StringIO()):  # progress bars
         trainer: Any = Trainer(
             model=plain,
             args=arguments,
             train_dataset=Dataset.from_list(rows),
-            processing_class=copy.deepcopy(adapter.tokenizer),  # it is given a pad token
+            processing_class=tokenizer,
             peft_config=lora,
         )
         held = [{name: row[name] for name in rows[0]} for row in trainer.train_dataset]

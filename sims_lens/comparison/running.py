@@ -8,7 +8,7 @@ loop                   the plan after each iteration
 one-shot               the mean difference of the unsteered model's own best and worst responses, as many in all as the
                        loop had drawn by then; at the loop's KL divergence, and at its norm
 supervised pairs       contrastive activation addition on pairs that were given, at the loop's KL divergence
-DPO                    the weights trained on all pairs that the loop had contrasted, by :class:`DPOConfig`, where asked for
+DPO                    the weights trained on all pairs that the loop had contrasted, where it is asked for
 instruction            the unsteered model, told in its prompt what is wanted
 best of N              the best of N responses of the unsteered model, N so that as many tokens are drawn as the loop
                        takes to learn and to answer; and smaller N
@@ -92,8 +92,8 @@ def compare(
         instruction: what is wanted, in words, for the plain instruction; it follows the prompt after an empty line. "":
             that method is left out.
         pairs: contrast pairs, as :func:`sims_lens.fit` takes them, for supervised steering; left out where empty.
-        dpo: trainings of the weights on the pairs that the loop contrasted, each a method, as ``[sims.DPOConfig()]``; it
-            needs ``pip install "sims-lens[dpo]"`` and a model of :func:`sims_lens.load`. The model isn't touched.
+        dpo: trainings of a copy's weights on the pairs that the loop contrasted, each a method: ``[DPOConfig()]``. They
+            need ``pip install "sims-lens[dpo]"`` and a model of :func:`sims_lens.load`.
         seeds: of the runs, each the whole procedure; three at least, if anything is to be said of other seeds.
         config: of the loop. ``seed`` is replaced by each of ``seeds``. By default the guard only reports: one that acts
             chooses the loop's plan on the very prompts that all is measured on.
@@ -454,7 +454,9 @@ class _Bench(Workbench):
                 known = side_effects(self.model, self.prompts, first, NOTHING, tuned=tuned)
                 at = {prompt: place for place, prompt in enumerate(places)}
                 for _ in range(2):
-                    meter.add(forced_count([self.encoded[i] for i in places], [(at[s.prompt], s.tokens) for s in first]))
+                    meter.add(
+                        forced_count([self.encoded[i] for i in places], [(at[s.prompt], s.tokens) for s in first])
+                    )
             return known + [s for s in samples if s.draw >= shares.measured]
 
         if not kept.has(f"{label}.jsonl"):
