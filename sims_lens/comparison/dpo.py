@@ -53,7 +53,7 @@ class DPOConfig:
         learning_rate: of the first step; it falls linearly to 0. Every weight wants about a tenth of what LoRA does.
         epochs: times that each pair is seen.
         batch: pairs in a step.
-        rank: of LoRA, on all projections of all blocks, with a scale of 2; None trains every weight.
+        rank: of LoRA, on every linear layer of the blocks, with a scale of 2; None trains every weight.
 
     Raises:
         ConfigError: a value is out of range.
