@@ -160,17 +160,17 @@ def tune(
         }
         for pair in pairs
     ]
-    plain = read_checkpoint(source, dtype=adapter.cfg.dtype)
+    plain = read_checkpoint(source, dtype=adapter.dtype)
     _check_same(adapter, plain, rows[0]["prompt_ids"] + rows[0]["chosen_ids"])
     if config.rank is None:
         plain = plain.float()  # steps of training are smaller than what 8 bits can tell apart
     with _left_as_found(), tempfile.TemporaryDirectory(prefix="sims-dpo-") as temporary:
         trained, training = _train(adapter, plain, rows, config, seed, Path(temporary) / "trainer")
         made = Path(temporary) / "tuned"
-        write_checkpoint(trained.to("cpu", adapter.cfg.dtype), made, tokenizer_of=source)
+        write_checkpoint(trained.to("cpu", adapter.dtype), made, tokenizer_of=source)
         del plain, trained
         kind = "hooked" if adapter.kind == "HookedTransformer" else "bridge"
-        tuned = load(made, kind=kind, device=str(adapter.device), dtype=adapter.cfg.dtype)
+        tuned = load(made, kind=kind, device=str(adapter.device), dtype=adapter.dtype)
     tuned.tokenizer = model.tokenizer  # prompts become the same tokens, whatever was set on it
     return tuned, training
 
@@ -219,7 +219,7 @@ def _check_same(adapter: Adapter, plain: Any, tokens: Sequence[int]) -> None:
         ours = adapter.logits(ids.to(adapter.device), mask, keep=len(tokens)).float().cpu().log_softmax(-1)
         theirs = plain.eval()(ids).logits.float().log_softmax(-1)
     difference = float((ours - theirs).abs().mean())
-    if not difference < (_SAME if adapter.cfg.dtype == torch.float32 else _SAME_HALF):
+    if not difference < (_SAME if adapter.dtype == torch.float32 else _SAME_HALF):
         raise ModelError(
             f"{adapter.name} is not what the checkpoint holds that it was loaded from (log-probabilities differ by "
             f"{difference:.2g} on average), so that DPO would train another model; load it again with sims_lens.load"
@@ -259,8 +259,8 @@ def _train(
         max_length=None,
         seed=seed % 2**32,  # what NumPy takes
         use_cpu=on_cpu,
-        bf16=not on_cpu and adapter.cfg.dtype == torch.bfloat16,
-        fp16=not on_cpu and adapter.cfg.dtype == torch.float16,
+        bf16=not on_cpu and adapter.dtype == torch.bfloat16,
+        fp16=not on_cpu and adapter.dtype == torch.float16,
         dataloader_pin_memory=not on_cpu,
         logging_steps=steps,  # one line for each epoch
         disable_tqdm=True,
