@@ -60,6 +60,7 @@ def log_probs(model: Any, prompt: str, tokens: tuple[int, ...]) -> float:
     return float(logits.float().log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None]).sum())
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("config", [LORA, WHOLE], ids=["lora", "whole"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_better_response_gains_and_the_model_stays(folder: Path, kind: str, config: DPOConfig) -> None:
