@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sims_lens.behaviour import PairBehaviour, SampledBehaviour
     from sims_lens.calibration import Calibration, FluencyBudget, calibrate
     from sims_lens.capture_store import StoredTokens
-    from sims_lens.comparison import Comparison, compare, open_comparison
+    from sims_lens.comparison import Comparison, DPOConfig, compare, open_comparison
     from sims_lens.config import (
         ContrastConfig,
         EvaluationConfig,
@@ -106,6 +106,7 @@ _HOME = {
     "FluencyBudget": "calibration",
     "calibrate": "calibration",
     "Comparison": "comparison",
+    "DPOConfig": "comparison",
     "compare": "comparison",
     "open_comparison": "comparison",
     "ContrastConfig": "config",
@@ -189,6 +190,7 @@ __all__ = [
     "Clamp",
     "Comparison",
     "ContrastConfig",
+    "DPOConfig",
     "EndpointJudge",
     "Ensemble",
     "Evaluation",

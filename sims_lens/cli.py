@@ -158,6 +158,8 @@ class Compare:
     """What is wanted, in words: the model is told so in its prompt. Left out by default."""
     pairs: Path | None = None
     """Contrast pairs for supervised steering, .jsonl or .csv. Left out by default."""
+    dpo: bool = False
+    """Train the weights on the loop's pairs too, with LoRA; needs pip install "sims-lens[dpo]"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the runs, each the whole procedure on the same held-out prompts."""
     model: str = "embedded"
@@ -184,7 +186,7 @@ class Compare:
 
     def run(self) -> dict[str, Any]:
         """Compare, and show the table."""
-        from sims_lens.comparison import compare
+        from sims_lens.comparison import DPOConfig, compare
         from sims_lens.models import load
         from sims_lens.prompts import read_prompts
         from sims_lens.supervised import read_pairs
@@ -201,6 +203,7 @@ class Compare:
             evaluator=evaluator,
             instruction=self.instruction,
             pairs=pairs,
+            dpo=[DPOConfig()] if self.dpo else (),
             seeds=self.seeds,
             config=self.config,
             out=self.out,

@@ -216,6 +216,7 @@ def side_effects(
     plan: SteeringPlan,
     *,
     asked: Sequence[str] | None = None,
+    tuned: Any = None,
     batch_rows: int = 32,
 ) -> list[Sample]:
     """The samples with ``nll`` and ``kl``: they run teacher-forced through the base model and, where there is a plan,
@@ -228,6 +229,8 @@ def side_effects(
         plan: what they were drawn under; an empty plan gives KL 0.
         asked: what the samples answer, where that isn't the prompt itself but one with an instruction, say. The base
             model is still asked the prompt.
+        tuned: the model that wrote the samples, where that isn't the base model itself but one with other weights and
+            the same tokenizer; ``plan`` acts on it.
         batch_rows: samples in one forward pass, about.
     """
     adapter = adapt(model)
@@ -252,9 +255,10 @@ def side_effects(
             counted = (torch.arange(base.shape[1])[None] < lengths[:, None]).to(base.device)
             nll = _per_row(-base.gather(-1, targets.to(base.device)[..., None])[..., 0], counted)
             each = torch.zeros_like(base[..., 0])
-            if plan.interventions or asked is not None:
-                with steering(model, plan):
-                    steered = response_logits(model, others, forced).float().log_softmax(-1)
+            if plan.interventions or asked is not None or tuned is not None:
+                writer = model if tuned is None else tuned
+                with steering(writer, plan):
+                    steered = response_logits(writer, others, forced).float().log_softmax(-1)
                 each = kl_divergence(steered, base)
             kl = _per_row(each, counted)
         for row, (_, sample) in enumerate(rows):

@@ -677,6 +677,7 @@ ENTRIES: dict[str, Entry] = {
             "seeds": (0,),
             **quiet,
         },
+        {"dpo": _just((3, "yes", None, [3], [None], {"beta": 0.1}, sims.DPOConfig()))},
     ),
     "calibrate": Entry(
         sims.calibrate,
@@ -1265,6 +1266,7 @@ ENTRIES: dict[str, Entry] = {
         name: Entry(getattr(sims, name), bad={f.name: _just(CHOICES) for f in fields(getattr(sims, name))})
         for name in (
             "ContrastConfig",
+            "DPOConfig",
             "EvaluationConfig",
             "FluencyBudget",
             "GuardConfig",

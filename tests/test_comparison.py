@@ -266,6 +266,13 @@ def test_one_seed_says_nothing_of_others_and_a_judge_of_pairs_is_not_compared(mo
     assert found["instruction"].independent_win_rate is None
 
 
+def test_dpo_without_trl_is_refused_in_one_line(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sims_lens.comparison.dpo.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'^DPO needs the package trl: pip install "sims-lens\[dpo\]" \(Python 3.11'):
+        compare(model, tmp_path / "dpo", dpo=[sims.DPOConfig()])
+    assert not any(tmp_path.iterdir())
+
+
 def test_wrong_input_is_named(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"seeds must be distinct .* got '\[1, 1\]'"):
         compare(model, tmp_path, seeds=[1, 1])

@@ -34,12 +34,14 @@ class Spent:
         tokens: sampled.
         judged: responses that the ranker gave a score.
         flops: floating-point operations of the model; none of a judge.
+        training_seconds: of wall-clock time that went into training weights; 0 where none are trained.
     """
 
     responses: float = 0.0
     tokens: float = 0.0
     judged: float = 0.0
     flops: float = 0.0
+    training_seconds: float = 0.0
 
     def __add__(self, other: "Spent") -> "Spent":
         return Spent(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -58,7 +60,8 @@ class Method:
 
     Args:
         name: of it.
-        family: "loop", "one-shot", "supervised", "instruction", "best of N", "rejection", "random" or "shuffled".
+        family: "loop", "one-shot", "supervised", "DPO", "instruction", "best of N", "rejection", "random" or
+            "shuffled".
         dose: what was matched: "KL", "norm", or "" where the method has no dose.
         changes: mean score less that of the base model.
         wins: probability that a response scores higher than one of the base model, ties half.
@@ -247,6 +250,8 @@ class Comparison:
             "tokens a response",
             "FLOPs in all",
         ]
+        trains = any(m.learning.training_seconds for m in self.methods)
+        head += ["seconds of training"] if trains else []
         cells = [tuple(head)]
         for m in self.methods:
             e, w = m.effect.interval, m.win_rate.interval
@@ -259,6 +264,8 @@ class Comparison:
             row += [f"{m.kl.mean():.2f}", f"{m.kl_response.mean():.2f}", "" if math.isnan(norm) else f"{norm:.2f}"]
             row += [f"{m.nll.mean():.2f}", f"{np.mean(m.distinct_2):.2f}", f"{m.learning.tokens:,.0f}"]
             row += [f"{m.answering.tokens:.0f}", flops_text(self.total(m).flops)]
+            seconds = m.learning.training_seconds
+            row += [f"{seconds:.0f}" if seconds else ""] if trains else []
             cells.append(tuple(row))
         return cells
 

@@ -8,6 +8,7 @@ loop                   the plan after each iteration
 one-shot               the mean difference of the unsteered model's own best and worst responses, as many in all as the
                        loop had drawn by then; at the loop's KL divergence, and at its norm
 supervised pairs       contrastive activation addition on pairs that were given, at the loop's KL divergence
+DPO                    the weights trained on all pairs that the loop had contrasted, where it is asked for
 instruction            the unsteered model, told in its prompt what is wanted
 best of N              the best of N responses of the unsteered model, N so that as many tokens are drawn as the loop
                        takes to learn and to answer; and smaller N
@@ -37,12 +38,13 @@ from jaxtyping import Float
 from sims_lens.bank import MemoryBank, select_pairs
 from sims_lens.checks import check_folder, check_kind, check_list, check_seed
 from sims_lens.comparison.choosing import best_of, rejection
+from sims_lens.comparison.dpo import DPOConfig, check_dpo, tune
 from sims_lens.comparison.result import Comparison, Method, Spent
 from sims_lens.config import GuardConfig, SIMSConfig
 from sims_lens.cost import Cost, TokenCount, forced_count
-from sims_lens.data import Sample, by_prompt
+from sims_lens.data import ContrastPair, Sample, by_prompt
 from sims_lens.errors import ConfigError, RunError
-from sims_lens.evaluate import distinct_2, evaluate, score_changes
+from sims_lens.evaluate import distinct_2, evaluate, score_changes, side_effects
 from sims_lens.guard import best_iteration
 from sims_lens.hooks import check_unsteered
 from sims_lens.iteration import compose, fit_contrast
@@ -52,7 +54,7 @@ from sims_lens.progress import Progress
 from sims_lens.prompts import quote
 from sims_lens.rankers import bound_ranker, rank
 from sims_lens.run import Iteration, Run
-from sims_lens.sampling import Sampler
+from sims_lens.sampling import LocalSampler, Sampler
 from sims_lens.stats import win_probability
 from sims_lens.store import Folder
 from sims_lens.strength import Divergence, find_strength
@@ -69,6 +71,7 @@ def compare(
     evaluator: object | None = None,
     instruction: str = "",
     pairs: Sequence[object] = (),
+    dpo: Sequence[DPOConfig] = (),
     seeds: Sequence[int] = (0, 1, 2),
     config: SIMSConfig | None = None,
     out: str | Path | None = None,
@@ -89,6 +92,8 @@ def compare(
         instruction: what is wanted, in words, for the plain instruction; it follows the prompt after an empty line. "":
             that method is left out.
         pairs: contrast pairs, as :func:`sims_lens.fit` takes them, for supervised steering; left out where empty.
+        dpo: trainings of a copy's weights on the pairs that the loop contrasted, each a method: ``[DPOConfig()]``. They
+            need ``pip install "sims-lens[dpo]"`` and a model of :func:`sims_lens.load`.
         seeds: of the runs, each the whole procedure; three at least, if anything is to be said of other seeds.
         config: of the loop. ``seed`` is replaced by each of ``seeds``. By default the guard only reports: one that acts
             chooses the loop's plan on the very prompts that all is measured on.
@@ -97,7 +102,8 @@ def compare(
         progress: show progress bars.
 
     Raises:
-        ConfigError: no seed, or one twice; or the instruction is no text.
+        ConfigError: no seed, or one twice; or the instruction is no text; or DPO isn't installed.
+        ModelError: DPO is asked for, and the model's checkpoint isn't known.
         SimsError: what :func:`sims_lens.improve` raises.
 
     >>> from sims_lens.comparison.choosing import best_of_kl
@@ -112,6 +118,7 @@ def compare(
         raise ConfigError(f"seeds must be distinct numbers, at least one, got {quote(repr(seeds))}")
     if not isinstance(instruction, str) or (instruction and not instruction.strip()):
         raise ConfigError(f'the instruction must be a text such as "Be cheerful.", got {instruction!r}')
+    trainings = check_dpo(model, dpo)
     folder = check_folder(out, RunError) if out is not None else Path(tempfile.mkdtemp(prefix="sims-comparison-"))
     shares = config.evaluation
     split_seed = config.seed if shares.split_seed is None else shares.split_seed
@@ -127,7 +134,7 @@ def compare(
             stack.enter_context(bench.opened())
             benches.append(bench)
         most = max(2, round(float(np.mean([bench.budget for bench in benches]))))  # one N for all seeds
-        found = [bench.methods(instruction, pairs, most, show=progress) for bench in benches]
+        found = [bench.methods(instruction, pairs, trainings, most, show=progress) for bench in benches]
     controls = [control.difference.estimate for bench in benches for control in bench.run.controls]
     names = [name for name in found[0] if all(name in others for others in found)]
     comparison = Comparison(
@@ -266,17 +273,21 @@ class _Bench(Workbench):
         """KL of the loop's plans, by iteration, where it was asked for."""
         return {}
 
-    def methods(self, instruction: str, pairs: Sequence[object], most: int, *, show: bool) -> dict[str, _Measured]:
+    def methods(
+        self, instruction: str, pairs: Sequence[object], dpo: Sequence[DPOConfig], most: int, *, show: bool
+    ) -> dict[str, _Measured]:
         """Every method by name; ``most`` is the largest N."""
         run, steps = self.run, self.steps
         turns = len(steps)
-        plans = 1 + (turns + 1) * (turns > 1) + bool(pairs) + bool(instruction) + most
+        plans = 1 + (turns + 1) * (turns > 1) + bool(pairs) + len(dpo) + bool(instruction) + most
         train = len(self.indices("train")) * self.config.sampling.responses * turns
         with Progress(train + plans * len(self.base_samples), show=show) as self.bar:
             found = dict(self.loop(run, steps))
             found |= self.one_shot(steps)
             if pairs:
                 found |= self.supervised(pairs, steps[-1])
+            for training in dpo:
+                found |= self.trained(training)
             if instruction:
                 found |= self.instructed(instruction)
             found |= self.random(steps[-1])
@@ -407,6 +418,58 @@ class _Bench(Workbench):
         direction = self.kept.tensors(label, made)["direction"]
         name = f"supervised, {len(pairs)} pairs"
         return self.steered(name, "supervised", label, direction, step, self.choosing())
+
+    @cached_property
+    def contrasted(self) -> list[ContrastPair]:
+        """Every pair that the loop has fitted to, as it was drawn."""
+        drawn = {
+            (i.index, s.prompt, s.draw): s for i in self.run.iterations for s in self.run.samples(i.index, "train")
+        }
+        found = []
+        for i in self.run.iterations:
+            for row in self.store.iteration(i.index).read_rows("pairs"):
+                prompt, sides = row["prompt"], (row["best_iteration"] or i.index, row["worst_iteration"] or i.index)
+                best, worst = drawn[sides[0], prompt, row["best"]], drawn[sides[1], prompt, row["worst"]]
+                found.append(ContrastPair(prompt, best, worst, *sides))
+        return found
+
+    def trained(self, config: DPOConfig) -> dict[str, _Measured]:
+        """The weights trained on the loop's pairs. All that the loop did before its last fit was needed for them."""
+        kept, label, shares = self.kept, f"dpo_{_digest(config)}", self.config.evaluation
+
+        def draw() -> list[Sample]:
+            self.bar.phase(f"{config.name}: training on {len(self.contrasted)} pairs")
+            seed = derive_seed(self.config.seed, "dpo")
+            tuned, training = tune(self.model, self.prompts, self.contrasted, config, seed=seed)
+            kept.json(f"{label}.training", lambda: asdict(training))
+            kept.spend("train", Cost(seconds=training.seconds, flops=training.flops))
+            self.bar.phase(f"{config.name}: sampling, perplexity and KL")
+            places, sampler = self.indices("heldout"), LocalSampler(tuned, self.config.sampling)
+            texts, seed = [self.prompts[i] for i in places], derive_seed(self.config.seed, "heldout")
+            with self.spending(kept, "sample", sampler):
+                found = list(sampler.sample(texts, n=shares.samples, plan=NOTHING, seed=seed))
+            samples = sorted((replace(s, prompt=places[s.prompt]) for s in found), key=lambda s: (s.prompt, s.draw))
+            first = [s for s in samples if s.draw < shares.measured]
+            with self.spending(kept, "measure") as meter:
+                known = side_effects(self.model, self.prompts, first, NOTHING, tuned=tuned)
+                at = {prompt: place for place, prompt in enumerate(places)}
+                for _ in range(2):
+                    meter.add(
+                        forced_count([self.encoded[i] for i in places], [(at[s.prompt], s.tokens) for s in first])
+                    )
+            return known + [s for s in samples if s.draw >= shares.measured]
+
+        if not kept.has(f"{label}.jsonl"):
+            kept.samples(f"{label}.scored.responses", draw)
+        samples, base = self.measure(kept, label, "heldout", NOTHING, config.name, self.base_samples)
+        learning = self.choosing() if len(self.run.iterations) > 1 else Spent()
+        for i in self.run.iterations:
+            learning += self.spent(self.run.samples(i.index, "train"))
+            if i.index < len(self.run.iterations):
+                learning += self.fitting(self.store.iteration(i.index).costs())
+        took = kept.read_json(f"{label}.training")
+        learning += Spent(flops=float(took["flops"]), training_seconds=float(took["seconds"]))
+        return {config.name: _Measured("DPO", "", samples, base, learning, self.answering(samples))}
 
     def random(self, step: Iteration | None) -> dict[str, _Measured]:
         """A direction that nobody has fitted."""

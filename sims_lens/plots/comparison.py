@@ -27,6 +27,7 @@ _STYLE = {
     "rejection": (GREEN, "triangle-up-open"),
     "instruction": (VERMILLION, "star"),
     "supervised": (PURPLE, "pentagon"),
+    "DPO": (VERMILLION, "hexagon"),
     "random": (TEXT, "x"),
     "shuffled": (TEXT, "diamond"),
 }
