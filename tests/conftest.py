@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import pytest
 
@@ -21,6 +22,9 @@ from common import KINDS, fingerprint  # noqa: E402
 import sims_lens as sims  # noqa: E402
 
 torch.set_num_threads(1)
+# A machine that is shared may be busy for longer than hypothesis' 200 ms: that is no failure.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 LONG = {
     "test_auditing",
