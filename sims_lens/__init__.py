@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from sims_lens.report import write_report
     from sims_lens.run import Run, open_run
     from sims_lens.sampling import LocalSampler
-    from sims_lens.scale import VLLMSampler
+    from sims_lens.scale import RayRanker, RaySampler, VLLMSampler, read_stream, stream
     from sims_lens.scope import TokenScope
     from sims_lens.stats import bootstrap_mean
     from sims_lens.supervised import SteeringFit, fit, read_pairs
@@ -161,7 +161,11 @@ _HOME = {
     "Run": "run",
     "open_run": "run",
     "LocalSampler": "sampling",
+    "RayRanker": "scale",
+    "RaySampler": "scale",
     "VLLMSampler": "scale",
+    "read_stream": "scale",
+    "stream": "scale",
     "TokenScope": "scope",
     "bootstrap_mean": "stats",
     "SteeringFit": "supervised",
@@ -210,6 +214,8 @@ __all__ = [
     "PairRM",
     "RandomDirection",
     "RankingConfig",
+    "RayRanker",
+    "RaySampler",
     "ReadingEase",
     "RewardModel",
     "Rotation",
@@ -266,12 +272,14 @@ __all__ = [
     "push_to_hub",
     "read_pairs",
     "read_prompts",
+    "read_stream",
     "readout",
     "residual_norms",
     "resolve",
     "responses_of",
     "restride",
     "steering",
+    "stream",
     "token_scores",
     "tone_pairs",
     "vector_norms",

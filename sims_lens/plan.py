@@ -484,7 +484,6 @@ class SteeringPlan:
             PlanError: the file is missing, is no safetensors file, holds something else, or is damaged.
         """
         from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load
 
         path = check_path(path, PlanError)
         if not path.is_file():
@@ -500,13 +499,33 @@ class SteeringPlan:
             ) from error
         if not is_plan:
             raise PlanError(f"{path} holds no sims_lens plan; files are written by plan.save(path)")
+        return cls.from_bytes(data, where=str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, where: str = "the plan") -> "SteeringPlan":
+        """The inverse of :meth:`to_bytes`.
+
+        Args:
+            data: a safetensors file.
+            where: it came from, for the message of an error.
+
+        Raises:
+            PlanError: it is no plan, or damaged.
+
+        >>> plan = SteeringPlan.addition({1: torch.ones(3)}, coefficient=2.0)
+        >>> SteeringPlan.from_bytes(plan.to_bytes()).layers
+        (1,)
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
         try:
             tensors = load(data)  # compares sizes and offsets with the file's own size first
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
             return cls._from_header(json.loads(metadata[FORMAT]), tensors)
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             reason = one_line(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {one_line(error)}"
-            raise PlanError(f"{path} is damaged or not of this format: {reason}") from error
+            raise PlanError(f"{where} is damaged or not of this format: {reason}") from error
 
     @classmethod
     def _from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> "SteeringPlan":

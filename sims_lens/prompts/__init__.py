@@ -3,10 +3,10 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sims_lens.checks import check_path, shown
 from sims_lens.errors import PromptError
@@ -19,6 +19,7 @@ __all__ = [
     "conversations",
     "everyday",
     "group",
+    "iter_prompts",
     "quote",
     "read_prompts",
     "tone_pairs",
@@ -31,6 +32,7 @@ GROUPS: Final = ("code_and_maths", "very_short", "other_languages")
 """Names for :func:`group`."""
 
 _KEYS: Final = "one of " + ", ".join(f'"{key}"' for key in PROMPT_KEYS)
+_BATCH_ROWS: Final = 1024  # of a Parquet file, read at once
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -119,6 +121,86 @@ def read_prompts(path: str | Path) -> list[str]:
     if not first:
         raise PromptError(f"{path} has no prompts in it; give at least one")
     return list(first)
+
+
+def iter_prompts(source: Iterable[object] | str | Path) -> Iterator[str]:
+    """Give prompts one by one, so that memory does not grow with their number.
+
+    Args:
+        source: a file: ``.jsonl`` and ``.txt`` as in :func:`read_prompts`, and ``.parquet`` with a column under one of
+            :data:`PROMPT_KEYS`, are read piece by piece; those of other kinds by :func:`read_prompts`. Or whatever
+            gives, one by one, texts, or rows with a text under one of those keys: a data set of Hugging Face that is
+            streamed, for instance.
+
+    Returns:
+        The prompts in their order. Whether one is there twice is not looked at.
+
+    Raises:
+        PromptError: the file can't be read or is of another kind, at once; something is no prompt, once it is come to.
+
+    Examples:
+        A data set of any size, of which nothing is kept::
+
+            rows = datasets.load_dataset("allenai/c4", "en", split="train", streaming=True)
+            sims.stream(sampler, iter_prompts(rows), "out")
+
+        >>> list(iter_prompts([{"prompt": "Sea?", "id": 1}, "Sky?"]))
+        ['Sea?', 'Sky?']
+    """
+    if isinstance(source, (str, Path)):
+        return _iter_file(check_path(source, PromptError))
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, bytearray, Mapping)):
+        raise PromptError(f"prompts come from a file, or one by one from a list or the like; got {quote(repr(source))}")
+    return _checked(((f"prompt {index}", item) for index, item in enumerate(source)), "")
+
+
+def _iter_file(path: Path) -> Iterator[str]:
+    kind = path.suffix.lower()
+    if kind not in (".jsonl", ".txt", ".parquet"):
+        return iter(read_prompts(path))
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    return _checked(_parquet(path) if kind == ".parquet" else _lines(path, kind), f"{path}, ")
+
+
+def _checked(items: Iterator[tuple[str, object]], where: str) -> Iterator[str]:
+    for place, item in items:
+        prompt = _prompt_of(dict(item) if isinstance(item, Mapping) else item, f"{where}{place}")
+        if problem := _problem(prompt):
+            raise PromptError(f"{where}{place}: the prompt {problem}")
+        yield prompt
+
+
+def _lines(path: Path, kind: str) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as file:
+        for number, data in enumerate(file, start=1):
+            try:
+                text = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise PromptError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8"
+                ) from error
+            if text:
+                yield f"line {number}", _parse(text, path, number) if kind == ".jsonl" else text
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise PromptError(f"{path} is read with pyarrow; pip install pyarrow") from error
+    try:
+        with ParquetFile(path) as file:
+            names = [key for key in PROMPT_KEYS if key in file.schema_arrow.names]
+            if not names:
+                raise PromptError(f"{path}: no column of prompts in {file.schema_arrow.names}; call it {_KEYS}")
+            rows = (row for batch in file.iter_batches(_BATCH_ROWS, columns=names[:1]) for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(rows))
+    except (ArrowException, OSError) as error:
+        raise PromptError(f"{path} is no readable Parquet file ({type(error).__name__}); write it again") from error
 
 
 def everyday(n: int | None = None) -> list[str]:
@@ -231,6 +313,10 @@ class Chat(str):
         made = super().__new__(cls, "\n\n".join(user))
         made.user, made.answers = tuple(user), tuple(answers)
         return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """What a copy in another process is made from."""
+        return self.user, self.answers
 
     @property
     def turns(self) -> list[dict[str, str]]:
