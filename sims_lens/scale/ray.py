@@ -187,8 +187,12 @@ class KeptActors:
             if task is None and not running:
                 return
             done, _ = ray.wait([*running, *self._starting], num_returns=1, timeout=_PATIENCE)
-            if not done:
-                logger.info("waiting for %d questions and %d actors to start", len(running), len(self._starting))
+            if not done and not self._up:
+                logger.warning(
+                    "no actor has started yet; of the cluster's %s CPUs %s are free, and each is to have %s",
+                    *(there.get("CPU", 0) for there in (ray.cluster_resources(), ray.available_resources())),
+                    self._actors.cpus,
+                )
             for ref in done:
                 if ref in self._starting:
                     self._began(ray, ref)
