@@ -49,6 +49,16 @@ def letters(prompt: str, responses: Sequence[str]) -> list[float]:
     return [float(sum(map(ord, response)) % 101) for response in responses]
 
 
+class Silent:
+    """A sampler that says nothing."""
+
+    count = None
+
+    def sample(self, prompts: Sequence[str], *, n: int, plan: Any, seed: int) -> list[Sample]:
+        """Samples without a token."""
+        return [Sample(index, draw, (), "", True) for index in range(len(prompts)) for draw in range(n)]
+
+
 class Lab:
     """What the calls are made on: tiny models, a plan for them, a run, results of analyses; each made once.
 
@@ -640,6 +650,10 @@ def _every(call: Callable[..., Any], values: Sequence[Any]) -> dict[str, Bad]:
     return {name: _just(values) for name in inspect.signature(call).parameters}
 
 
+def _streamed(lab: Lab) -> Path:
+    return sims.stream(Silent(), PROMPTS, lab.path("to-read"), progress=False).path  # type: ignore[arg-type]
+
+
 ENTRIES: dict[str, Entry] = {
     # The model and what steers it
     "steering": Entry(_steer, lambda lab: {"model": lab.model, "plan": lab.plan}),
@@ -663,6 +677,30 @@ ENTRIES: dict[str, Entry] = {
         {"config": _just((3, "greedy", {})), "concurrency": _just(_INTS), "tolerance": _just((-1, nan, "0", None))},
         skip=("serve", "bridge"),  # objects of the user's own
     ),
+    "RaySampler": Entry(
+        sims.RaySampler,
+        lambda lab: {"model": lab.folder / "tiny-llama"},
+        {
+            "model": _just((None, 3, b"model", ["a"])),
+            "config": _just((3, "greedy", {})),
+            "actors": _just(_INTS),
+            "threads": _just(_INTS),
+            "batch_rows": _just(_INTS),
+            "dtype": _just(("int8", "", 3, ["float32"])),
+        },
+        skip=("kind", "revision", "device", "pool"),  # what loads the model looks at them, in an actor
+    ),
+    "stream": Entry(
+        sims.stream,
+        lambda lab: {"sampler": Silent(), "prompts": PROMPTS, "out": lab.path("streamed"), "progress": False},
+        {
+            "sampler": _just((None, 3, "local", object())),
+            "n": _just(_INTS),
+            "shard_prompts": _just(_INTS),
+            "out": _folders,
+        },
+    ),
+    "read_stream": Entry(lambda path: list(sims.read_stream(path)), lambda lab: {"path": _streamed(lab)}),
     # The loop and its measures
     "improve": Entry(
         sims.improve, lambda lab: {"model": lab.model, "prompts": PROMPTS, "ranker": letters, "config": CONFIG, **quiet}
@@ -1149,6 +1187,17 @@ ENTRIES: dict[str, Entry] = {
     ),
     # Rankers
     "rankers.as_ranker": Entry(_ranked, lambda lab: {"ranker": letters}),
+    "RayRanker": Entry(
+        sims.RayRanker,
+        lambda lab: {"ranker": letters},
+        {
+            "actors": _just(_INTS),
+            "threads": _just(_INTS),
+            "batch_prompts": _just(_INTS),
+            "judge": _just((3, ["a"], b"model")),
+        },
+        skip=("pool",),
+    ),
     "CachedRanker": Entry(
         lambda ranker, folder: _ranked(sims.CachedRanker(ranker, folder)),
         lambda lab: {"ranker": letters, "folder": lab.path("verdicts")},

@@ -47,10 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write("llama", tmp_path_factory.mktemp("tiny") / "llama")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settings() -> None:
+    """A machine that does other things as well, where Ray's processes would otherwise come last."""
+    os.environ |= {"RAY_raylet_start_wait_time_s": "600", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "600")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -95,14 +99,11 @@ class TestOneMachine:
     def test_samples_are_bit_for_bit_those_of_the_local_sampler(self, folder: Path, pool: Any) -> None:
         local = sims.LocalSampler(sims.load(folder), CONFIG)
         with sims.RaySampler(folder, CONFIG, batch_rows=3, pool=pool) as sampler:
-            for plan in (NOTHING, PLAN):
-                asked: dict[str, Any] = {"n": 2, "plan": plan, "seed": 7}
-                assert ordered(sampler.sample(PROMPTS, **asked)) == ordered(local.sample(PROMPTS, **asked))
-            found = ordered(sampler.sample_and_measure(PROMPTS, n=2, plan=PLAN, seed=3))
-            assert found == ordered(local.sample_and_measure(PROMPTS, n=2, plan=PLAN, seed=3))
+            asked: dict[str, Any] = {"n": 2, "plan": PLAN, "seed": 7}
+            assert ordered(sampler.sample(PROMPTS, **asked)) == ordered(local.sample(PROMPTS, **asked))
+            assert sampler.count.decode > 0
             with pytest.raises(PlanError):
                 list(sampler.sample(PROMPTS, n=1, plan=plan_of(40), seed=0))
-            assert sampler.count.decode > 0
 
     def test_a_loop_is_the_same_file_for_file(self, folder: Path, tmp_path: Path) -> None:
         config = sims.SIMSConfig(
@@ -218,7 +219,6 @@ class TestOneMachine:
 def test_a_node_is_removed(folder: Path) -> None:
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "600")
     many = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = many.add_node(num_cpus=1)

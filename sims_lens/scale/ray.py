@@ -231,7 +231,7 @@ class KeptActors:
             if wanted > there.get(name, 0):
                 raise SamplerError(
                     f"each actor is to have {wanted:g} {name}, and the cluster has {there.get(name, 0):g} in all; ask "
-                    "for less with actors=Actors(...)"
+                    "for less with actors=Actors(...), or on a cluster that grows start a first node"
                 )
 
     def _fill(self, ray: Any) -> None:
@@ -352,14 +352,13 @@ class DataActors:
 
 def _reason(error: BaseException) -> SimsError:
     """The error of ours that an actor's is about; or one that says what it was."""
-    found: BaseException | None = error
-    while found is not None:
-        cause = getattr(found, "cause", None) or found.__cause__
-        if isinstance(found, SimsError) and cause is None:  # Ray's own stand-ins for an error have it as their cause
-            return found
-        if cause is None:
+    found = error
+    while (cause := getattr(found, "cause", None) or found.__cause__) is not None:
+        if isinstance(found, SimsError) and not hasattr(found, "cause"):  # Ray's own stand-ins for an error have one
             break
         found = cause
+    if isinstance(found, SimsError):
+        return found
     return SamplerError(f"an actor failed: {type(found).__name__}: {one_line(found, 300)}")
 
 

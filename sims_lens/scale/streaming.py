@@ -22,7 +22,7 @@ from sims_lens.bank import plan_digest
 from sims_lens.checks import check_folder, check_integer, check_path, check_seed, shown
 from sims_lens.config import SamplingConfig
 from sims_lens.data import Sample
-from sims_lens.errors import DamagedError, RunError, SamplerError
+from sims_lens.errors import DamagedError, PromptError, RunError, SamplerError
 from sims_lens.files import explained, write_bytes
 from sims_lens.hooks import check_plan
 from sims_lens.plan import NOTHING, SteeringPlan
@@ -143,6 +143,8 @@ def stream(
             shards.keep(number, some, samples)
             bar.advance(len(samples))
         shards.tidy()
+    if not shards.prompts:
+        raise PromptError("there are no prompts; give at least one")
     return Streamed(folder, shards.prompts, shards.prompts * n, shards.count, shards.drawn)
 
 
