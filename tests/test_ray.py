@@ -34,10 +34,10 @@ pytestmark = [
 ]
 
 CONFIG = sims.SamplingConfig(responses=2, max_new_tokens=8)
-LONG = sims.SamplingConfig(responses=8, max_new_tokens=80)
+LONG = sims.SamplingConfig(responses=8, max_new_tokens=60)
 WORDS = ("sea", "sky", "sun", "rain", "snow", "wind", "tree", "leaf")
 PROMPTS = [f"Say {word}." for word in WORDS]
-MANY = [f"Say {word}, please, and say it {count} times." for word in WORDS for count in range(2, 14)]
+MANY = [f"Say {word} {count} times." for word in WORDS for count in range(2, 14)]
 PLAN = plan_of(1, coefficient=3.0)
 POOLS = pytest.mark.parametrize("pool", [KeptActors, DataActors])
 
@@ -219,6 +219,7 @@ class TestOneMachine:
 def test_a_node_is_removed(folder: Path) -> None:
     from ray.cluster_utils import Cluster
 
+    ray.shutdown()
     many = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = many.add_node(num_cpus=1)
