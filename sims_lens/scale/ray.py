@@ -280,14 +280,28 @@ class KeptActors:
 
 
 class _Stage:
-    """What Ray Data's actors hold."""
+    """What Ray Data's actors hold. An error of ours is an answer: Ray Data would pack it into several of its own."""
 
     def __init__(self, make: Callable[[], Actor]) -> None:
-        self._actor = make()
+        self._actor: Actor | None = None
+        self._error: SimsError | None = None
+        try:
+            self._actor = make()
+        except SimsError as error:
+            self._error = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answers = [pickle.dumps(self._actor.answer(pickle.loads(question))) for question in batch["question"]]
+        answers = [pickle.dumps(self._answer(pickle.loads(question))) for question in batch["question"]]
         return {"number": batch["number"], "answer": np.array(answers, dtype=object)}
+
+    def _answer(self, question: Any) -> Answer | SimsError:
+        if self._actor is None:
+            assert self._error is not None
+            return self._error
+        try:
+            return self._actor.answer(question)
+        except SimsError as error:
+            return error
 
 
 class DataActors:
@@ -317,7 +331,10 @@ class DataActors:
         numbered = enumerate(questions)
         while window := list(itertools.islice(numbered, _WINDOW)):
             for row in self._rows(window):
-                yield int(row["number"]), pickle.loads(row["answer"])
+                answer = pickle.loads(row["answer"])
+                if isinstance(answer, SimsError):
+                    raise answer
+                yield int(row["number"]), answer
 
     def _rows(self, window: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
         ray = _started()
