@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import sims_lens as sims
@@ -39,6 +40,17 @@ def timed(sampler: Any, prompts: list[str], options: dict[str, Any]) -> tuple[fl
     start = time.perf_counter()
     found = list(sampler.sample(prompts, **options))
     return time.perf_counter() - start, ordered(found)
+
+
+def busy(pids: list[int]) -> float:
+    """Seconds of processor time that this process and some others have had."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in [os.getpid(), *pids])
+
+
+def pids_of(sampler: Any) -> list[int]:
+    """Processes of the actors that are up."""
+    pool = getattr(sampler, "_pool", None)
+    return pool.pids if isinstance(pool, KeptActors) else []
 
 
 def cores_at_once(seconds: float = 3.0) -> float:
@@ -112,7 +124,7 @@ def main() -> None:
     import ray
 
     start = time.perf_counter()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     seconds: dict[str, Any] = {"ray_init": time.perf_counter() - start}
     config = sims.SamplingConfig(max_new_tokens=given.tokens, batch_rows=given.batch_rows)
     prompts = sims.everyday(given.prompts)
@@ -123,45 +135,56 @@ def main() -> None:
     plan = SteeringPlan.addition({model.cfg.n_layers // 2: vector / vector.norm()}, coefficient=5.0)
     options: dict[str, Any] = {"n": given.n, "plan": plan, "seed": 0}
     local = sims.LocalSampler(model, config)
-    pools = {count: sims.RaySampler(given.model, config, actors=count, batch_rows=given.batch_rows) for count in (1, 2)}
+    samplers: dict[str, Any] = {"local": local}
+    for count in (1, 2):
+        sampler = sims.RaySampler(given.model, config, actors=count, batch_rows=given.batch_rows)
+        start = time.perf_counter()
+        list(sampler.sample(prompts[:1], n=1, plan=plan, seed=1))
+        seconds[f"start_{count}_to_first_sample"] = time.perf_counter() - start
+        while len(pids_of(sampler)) < count:
+            list(sampler.sample(prompts[:2], n=1, plan=plan, seed=1))
+        list(sampler.sample(prompts, n=1, plan=plan, seed=1))  # every actor has its twin then
+        samplers[f"actors_{count}"] = sampler
     _, want = timed(local, prompts, options)
     rounds: list[dict[str, Any]] = []
-    same = True
-    for count, sampler in pools.items():
-        start = time.perf_counter()
-        list(sampler.sample(prompts, n=1, plan=plan, seed=1))  # every actor has its twin then
-        seconds[f"start_{count}"] = time.perf_counter() - start
-        for number in range(given.rounds):
-            here, _ = timed(local, prompts, options)
-            there, found = timed(sampler, prompts, options)
-            same = same and found == want
-            rounds.append({"actors": count, "local": here, "ray": there, "load": round(os.getloadavg()[0], 1)})
-            print(f"{count} actors, round {number + 1}: local {here:.2f} s, Ray {there:.2f} s, same {same}", flush=True)
-        if count == 1:
-            sampler.close()
-    ratios = {count: [r["local"] / r["ray"] for r in rounds if r["actors"] == count] for count in pools}
+    for number in range(given.rounds):
+        row: dict[str, Any] = {"load": round(os.getloadavg()[0], 1)}
+        for name, sampler in samplers.items():
+            pids = pids_of(sampler)
+            before = busy(pids)
+            row[name], found = timed(sampler, prompts, options)
+            row[f"{name}_cpu"] = busy(pids) - before
+            row[f"{name}_same"] = found == want
+        rounds.append(row)
+        print(f"round {number + 1}:", {k: round(v, 2) for k, v in row.items()}, flush=True)
+    samplers["actors_1"].close()
 
-    sampler, usual = pools[2], statistics.median(r["ray"] for r in rounds if r["actors"] == 2)
+    def ratio(one: str, other: str) -> float:
+        return statistics.median(row[one] / row[other] for row in rounds)
+
+    sampler, usual = samplers["actors_2"], statistics.median(row["actors_2"] for row in rounds)
     kills = []
     for seed in range(3):
-        while len(sampler._pool.pids) < 2:  # type: ignore[attr-defined]
+        while len(pids_of(sampler)) < 2:
             list(sampler.sample(prompts[:4], n=1, plan=plan, seed=1))  # until the one in its place is up
         wait = usual * random.Random(seed).uniform(0.1, 0.9)
         kills.append(killed_once(sampler, wait, seed, lambda: timed(sampler, prompts, options)))
         kills[-1] |= {"rows_wanted": len(want), "bitwise_same": kills[-1].pop("found") == want}
         print(kills[-1], flush=True)
     sampler.close()
+    summary = {
+        "overhead": ratio("actors_1", "local") - 1,
+        "overhead_cpu": ratio("actors_1_cpu", "local_cpu") - 1,
+        "one_to_two": ratio("actors_1", "actors_2"),
+        "two_processes_to_one": cores_at_once(),
+        "bitwise_same": all(row[f"{name}_same"] for row in rounds for name in samplers),
+    }
     if given.data:
         with sims.RaySampler(given.model, config, batch_rows=given.batch_rows, pool=DataActors) as sampler:
             seconds["data_pass_with_start"], found = timed(sampler, prompts, options)
-            same = same and found == want
+            seconds["data_second_pass_with_start"], again = timed(sampler, prompts, options)
+            summary["data_bitwise_same"] = found == again == want
     ray.shutdown()
-    summary = {
-        "overhead": statistics.median(1 / r for r in ratios[1]) - 1,
-        "one_to_two": statistics.median(ratios[2]) / statistics.median(ratios[1]),
-        "cores_at_once": cores_at_once(),
-        "bitwise_same": same,
-    }
     print(json.dumps(summary | seconds, indent=1))
     if given.out:
         about = {

@@ -19,7 +19,6 @@ Reference: Ray 2.60, ``ray.data.Dataset.map_batches`` and the fault tolerance of
 import itertools
 import logging
 import os
-import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -291,8 +290,10 @@ class _Stage:
             self._error = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answers = [pickle.dumps(self._answer(pickle.loads(question))) for question in batch["question"]]
-        return {"number": batch["number"], "answer": np.array(answers, dtype=object)}
+        answers = np.empty(len(batch["question"]), dtype=object)
+        for place, question in enumerate(batch["question"]):
+            answers[place] = self._answer(question)
+        return {"number": batch["number"], "answer": answers}
 
     def _answer(self, question: Any) -> Answer | SimsError:
         if self._actor is None:
@@ -331,10 +332,9 @@ class DataActors:
         numbered = enumerate(questions)
         while window := list(itertools.islice(numbered, _WINDOW)):
             for row in self._rows(window):
-                answer = pickle.loads(row["answer"])
-                if isinstance(answer, SimsError):
-                    raise answer
-                yield int(row["number"]), answer
+                if isinstance(row["answer"], SimsError):
+                    raise row["answer"]
+                yield int(row["number"]), row["answer"]
 
     def _rows(self, window: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
         ray = _started()
@@ -343,7 +343,7 @@ class DataActors:
         context = data.DataContext.get_current()
         context.enable_progress_bars = False  # the run has one of its own
         context.print_on_execution_start = False
-        items = [{"number": number, "question": pickle.dumps(question)} for number, question in window]
+        items = [{"number": number, "question": question} for number, question in window]
         answers = data.from_items(items, override_num_blocks=len(items)).map_batches(
             _Stage,
             fn_constructor_args=(self._make,),
