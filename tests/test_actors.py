@@ -209,7 +209,7 @@ class TestJudging:
         ranker = sims.RayRanker(brevity, pool=InProcess)
         assert ranker.rank_all(items) == [tuple(brevity(p, r)) for p, r in items]
         assert ranker.rank(*items[2]) == tuple(brevity(*items[2]))
-        assert ranker.name == "brevity" and ranker.rank_all([]) == []
+        assert ranker.name == "brevity" and not ranker.judges and ranker.rank_all([]) == []
 
     def test_a_judge_is_bound_where_it_is(self, folder: Path) -> None:
         judge = sims.SelfJudge()
@@ -217,7 +217,7 @@ class TestJudging:
         items = [("Say sea.", ["sea", "no"]), ("Sky?", ["blue", "x"])]
         own = judge.bind(sims.load(folder))
         assert ranker.rank_all(items) == [tuple(own.rank(p, r)) for p, r in items]
-        assert ranker.count.prefill > 0 and ranker.settings["judge"] == str(folder)
+        assert ranker.judges and ranker.count.prefill > 0 and ranker.settings["judge"] == str(folder)
 
     def test_what_cannot_be_spread_is_refused(self) -> None:
         with pytest.raises(sims.SimsError, match="judge='embedded'"):

@@ -27,10 +27,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from sims_lens.auditing import is_judge
 from sims_lens.checks import check_choice, check_integer, check_kind, check_list, check_seed, one_line
 from sims_lens.config import SamplingConfig, SIMSConfig
 from sims_lens.cost import TokenCount
@@ -289,11 +289,8 @@ class _Stage:
         except SimsError as error:
             self._error = error
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        answers = np.empty(len(batch["question"]), dtype=object)
-        for place, question in enumerate(batch["question"]):
-            answers[place] = self._answer(question)
-        return {"number": batch["number"], "answer": answers}
+    def __call__(self, batch: Any) -> Any:
+        return batch.assign(question=None, answer=[self._answer(question) for question in batch["question"]])
 
     def _answer(self, question: Any) -> Answer | SimsError:
         if self._actor is None:
@@ -337,24 +334,28 @@ class DataActors:
                 yield int(row["number"]), row["answer"]
 
     def _rows(self, window: Sequence[tuple[int, Any]]) -> Iterator[dict[str, Any]]:
+        from pandas import DataFrame
+
         ray = _started()
         from ray import data
 
         context = data.DataContext.get_current()
         context.enable_progress_bars = False  # the run has one of its own
         context.print_on_execution_start = False
-        items = [{"number": number, "question": question} for number, question in window]
-        answers = data.from_items(items, override_num_blocks=len(items)).map_batches(
+        # As frames, which hold whatever objects there are; Ray's other blocks are Arrow's.
+        frames = [DataFrame({"number": [number], "question": [question]}) for number, question in window]
+        lasting = {"max_restarts": -1, "max_task_retries": self._actors.tries - 1}
+        answers = data.from_pandas(frames).map_batches(
             _Stage,
             fn_constructor_args=(self._make,),
             batch_size=1,
+            batch_format="pandas",
             compute=data.ActorPoolStrategy(
-                size=min(self._actors.number, len(items)), max_tasks_in_flight_per_actor=_AHEAD
+                size=min(self._actors.number, len(frames)), max_tasks_in_flight_per_actor=_AHEAD
             ),
             num_cpus=self._actors.cpus,
             num_gpus=self._actors.gpus,
-            max_restarts=-1,
-            max_task_retries=self._actors.tries - 1,
+            ray_remote_args_fn=lambda: lasting,
         )
         try:
             yield from answers.iter_rows()
@@ -683,7 +684,7 @@ class RayRanker:
     @property
     def judges(self) -> bool:
         """Whether its verdicts are a judge's."""
-        return bool(getattr(self._inner.inner, "judges", False))
+        return is_judge(self._inner)
 
     @property
     def lost(self) -> int:
