@@ -120,7 +120,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
 
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "600"}  # as urgent as what is local
+    os.environ |= {"RAY_worker_niceness": "0"}  # as urgent as what is local
     import ray
 
     start = time.perf_counter()

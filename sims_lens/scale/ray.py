@@ -113,8 +113,8 @@ def _started() -> Any:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         except Exception as error:  # Ray raises bare exceptions here
             raise SamplerError(
-                f"Ray didn't start ({one_line(error)}); on a busy machine set RAY_raylet_start_wait_time_s=600, or "
-                "start it yourself with ray.init() first"
+                f"Ray didn't start ({one_line(error)}); on a busy machine its agents may miss its own limit of 15 s: "
+                "try again, or start it yourself with ray.init() first"
             ) from error
     return ray
 
