@@ -71,6 +71,7 @@ def test_every_public_name_loads_and_is_documented() -> None:
 
 def test_importing_is_light() -> None:
     heavy = ("torch", "transformers", "transformer_lens", "plotly", "numpy", "pandas", "scipy", "sklearn", "jaxtyping")
+    heavy += ("ray",)
     code = f"import sims_lens, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]" and done.stderr == ""

@@ -371,9 +371,9 @@ class DataActors:
 def _reason(error: BaseException) -> SimsError:
     """The error of ours that an actor's is about; or one that says what it was."""
     found = error
-    while (cause := getattr(found, "cause", None) or found.__cause__) is not None:
-        if isinstance(found, SimsError) and not hasattr(found, "cause"):  # Ray's own stand-ins for an error have one
-            break
+    while isinstance(
+        cause := getattr(found, "cause", None), BaseException
+    ):  # Ray's own stand-ins for an error have one
         found = cause
     if isinstance(found, SimsError):
         return found
