@@ -31,7 +31,7 @@ DEMO_PROMPTS = 125  # 56 to train on, 19 to choose the layer, 50 held out
 @dataclass(frozen=True)
 class Demo:
     """The whole loop on the embedded model, offline: it learns to write more readable text (or more cheerful text,
-    with --ranker vader) from unlabelled prompts, in about eight minutes on two cores."""
+    with --ranker vader) from unlabelled prompts, in four to eight minutes on two cores."""
 
     ranker: str = "reading-ease"
     """What the loop is to improve: reading-ease, vader, self (the model judges itself), or package.module:function."""

@@ -24,7 +24,7 @@ _CITATION = """\
 ```bibtex
 @article{zhu2025sims,
   title   = {Self-Improving Model Steering},
-  author  = {Zhu and others},
+  author  = {Zhu, Rongyi and Wang, Yuhui and Jiang, Tanqiu and Liang, Jiacheng and Wang, Ting},
   journal = {arXiv preprint arXiv:2507.08967},
   year    = {2025}
 }
