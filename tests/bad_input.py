@@ -119,6 +119,7 @@ class Lab:
         named, quiet = self.named, {"progress": False}
         scored = [replace(s, score=1.0) for s in SAMPLES]
         return {
+            "fit": self.fitted,
             "sweep": sims.layer_sweep(model, named, coefficients=(0.1, 0.2), behaviour=pairs, **quiet),
             "norms": sims.vector_norms(model, named, **quiet),
             "similarity": sims.direction_similarity(named),
@@ -1276,6 +1277,7 @@ ENTRIES: dict[str, Entry] = {
             "directional_ablation": ("directional_ablation", "ablation"),
             "failures": ("failures", "failures"),
             "figures": ("figures", "sweep"),
+            "fit_quality": ("fit_quality", "fit"),
             "frontier": ("frontier", "sweep"),
             "interaction": ("interaction", "interaction"),
             "layer_sweep": ("layer_sweep", "sweep"),

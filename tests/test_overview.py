@@ -24,6 +24,7 @@ def results(zoo: Any) -> list[object]:
     behaviour = sims.PairBehaviour(PAIRS, name=HOSTILE)
     plan = plan_of(0, 1, scope="generation")
     return [
+        sims.fit(model, PAIRS, progress=False),
         sims.layer_sweep(model, named, coefficients=(0.1, 0.2), behaviour=behaviour, progress=False),
         sims.vector_norms(model, named, progress=False),
         sims.direction_similarity(named, model=model),
@@ -48,6 +49,17 @@ def test_every_result_has_figures_with_titles_and_axes(results: list[object]) ->
             ]
             assert any(titled), (type(result).__name__, figure.layout.title.text)
             assert "<img" not in figure.to_json().replace("\\u003c", "<"), figure.layout.title.text
+
+
+def test_a_fit_is_drawn_with_its_intervals_and_without_what_is_not_known(zoo: Any) -> None:
+    fitted = sims.fit(zoo("llama", KINDS[0]), PAIRS, progress=False)
+    accuracy, auc, halves, effect = sims.plots.fit_quality(fitted).data
+    for line, found in ((accuracy, fitted.quality.accuracy), (auc, fitted.quality.auc)):
+        assert list(line.y) == [i.estimate for i in found]
+        assert list(line.error_y.arrayminus) == pytest.approx([i.estimate - i.low for i in found])
+    assert list(accuracy.x) == [0, 1, 2] == list(auc.customdata) and list(effect.y) == list(fitted.quality.effect_size)
+    few = sims.plots.fit_quality(sims.fit(zoo("llama", KINDS[0]), PAIRS[:2], progress=False))
+    assert all(y is None for line in few.data[:2] for y in line.y) and len(few.layout.shapes) == 1
 
 
 def test_every_result_shows_itself_and_hides_no_markup(results: list[object]) -> None:

@@ -11,6 +11,7 @@ from sims_lens.plots.calibration import calibration
 from sims_lens.plots.capability import capability
 from sims_lens.plots.circuits import attribution_check, component_effects, direction_readers
 from sims_lens.plots.comparison import comparison
+from sims_lens.plots.fit import fit_quality
 from sims_lens.plots.geometry import (
     norm_profile,
     projection_profile,
@@ -43,6 +44,7 @@ __all__ = [
     "effect",
     "failures",
     "figures",
+    "fit_quality",
     "frontier",
     "interaction",
     "iteration_similarity",

@@ -26,6 +26,7 @@ from sims_lens.plots.calibration import calibration
 from sims_lens.plots.capability import capability
 from sims_lens.plots.circuits import attribution_check, component_effects, direction_readers
 from sims_lens.plots.comparison import comparison
+from sims_lens.plots.fit import fit_quality
 from sims_lens.plots.geometry import norm_profile, projection_profile, shared_subspace, similarity, similarity_profile
 from sims_lens.plots.interactions import interaction
 from sims_lens.plots.lab import corrupted_pairs, failures, misled, multi_turn, out_of_distribution, steerability
@@ -34,9 +35,11 @@ from sims_lens.plots.run import effect, iteration_similarity, layer_similarity, 
 from sims_lens.plots.sweep import frontier, layer_sweep
 from sims_lens.plots.tokens import token_heatmap
 from sims_lens.run import Run
+from sims_lens.supervised import SteeringFit
 
 _FIGURES: dict[type, tuple[Callable[[Any], go.Figure], ...]] = {
     Run: (win_rate, effect, side_effects, vector_norms, iteration_similarity, layer_similarity),
+    SteeringFit: (fit_quality,),
     Audit: (reliability_card,),
     Calibration: (calibration,),
     Capability: (capability,),
