@@ -50,7 +50,7 @@ quick: $(VENV)/.installed-test ## one case of each test, without those that take
 	@$(PY) -m pytest --quick $(ARGS)
 
 test-all: test ## the test suite on TransformerLens 3.9 and on 4.3
-	@$(MAKE) --no-print-directory test TRANSFORMER_LENS=4.3.0
+	@SIMS_LENS_SHAPES=off $(MAKE) --no-print-directory test TRANSFORMER_LENS=4.3.0
 
 test-slow: $(VENV)/.installed-test ## the statistical tests, some minutes each
 	@$(PY) -m pytest -m slow $(ARGS)

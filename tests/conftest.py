@@ -1,5 +1,6 @@
 """Tiny models of every architecture and both kinds, made once; each test must give them back as it got them."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,11 @@ import jaxtyping
 import pytest
 
 # Types and shapes are checked while the tests run; in the decoding loop that takes more time than the loop itself, so
-# there test_shapes.py does it, once.
+# there test_shapes.py does it, once. SIMS_LENS_SHAPES=off leaves it out, as `make test-all` does the second time.
 LOOP = {"sampling", "twin"}
 ROOMS = {path.stem for path in (Path(__file__).parents[1] / "sims_lens").iterdir()} - {"__init__", "__pycache__", "py"}
-jaxtyping.install_import_hook([f"sims_lens.{room}" for room in sorted(ROOMS - LOOP)], "beartype.beartype")
+if os.environ.get("SIMS_LENS_SHAPES") != "off":
+    jaxtyping.install_import_hook([f"sims_lens.{room}" for room in sorted(ROOMS - LOOP)], "beartype.beartype")
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
