@@ -29,6 +29,8 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 LONG = {
+    "test_actors",
+    "test_artifact",
     "test_auditing",
     "test_bad_input",
     "test_bad_input_cli",
@@ -36,6 +38,7 @@ LONG = {
     "test_calibration",
     "test_cli",
     "test_comparison",
+    "test_dpo",
     "test_endurance",
     "test_faults",
     "test_guard",
@@ -44,9 +47,11 @@ LONG = {
     "test_lab_corruption",
     "test_left_as_found",
     "test_loop",
+    "test_models",
     "test_notebooks",
     "test_security",
     "test_shapes",
+    "test_supervised",
     "test_vllm",
 }
 """Files that take more than some seconds however few their cases."""
