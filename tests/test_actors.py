@@ -291,6 +291,21 @@ class TestStreaming:
         sims.stream(local, PROMPTS, tmp_path / "two", **options)
         assert list(sims.read_stream(tmp_path / "one")) == list(sims.read_stream(tmp_path / "two"))
 
+    def test_scores_of_a_ranker_with_other_settings_are_no_scores_of_this_one(self, tmp_path: Path) -> None:
+        class Longest:
+            name = "longest"
+
+            def __init__(self, sign: float) -> None:
+                self.settings = {"sign": sign}
+
+            def rank(self, prompt: str, responses: Sequence[str]) -> list[float]:
+                return [self.settings["sign"] * len(response) for response in responses]
+
+        sims.stream(Echo(), ["a", "b"], tmp_path, ranker=Longest(1.0), progress=False)
+        assert not sims.stream(Echo(), ["a", "b"], tmp_path, ranker=Longest(1.0), progress=False).drawn
+        with pytest.raises(RunError, match="was begun with ranker = "):
+            sims.stream(Echo(), ["a", "b"], tmp_path, ranker=Longest(-1.0), progress=False)
+
     def test_scores_and_chats(self, tmp_path: Path) -> None:
         chat = Chat(["Hello.", "And?"], ["Hi."])
 

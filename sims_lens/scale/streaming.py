@@ -29,6 +29,7 @@ from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.progress import Progress
 from sims_lens.prompts import Chat, iter_prompts
 from sims_lens.rankers import CheckedRanker, as_ranker, rank
+from sims_lens.rankers.fingerprint import canonical
 from sims_lens.sampling import Sampler
 from sims_lens.scale.actors import check_rows, drawn_by, read_shard, shard, shard_head
 from sims_lens.store import read_json, write_json
@@ -102,6 +103,7 @@ def stream(
 
     Raises:
         PromptError: something is no prompt.
+        RankerError: the ranker doesn't tell what its scores depend on.
         RunError: the folder holds something else, another process writes there, or it can't be written to.
         SamplerError: the sampler did not give what it was asked for.
 
@@ -132,7 +134,7 @@ def stream(
         "seed": seed,
         "plan": plan_digest(plan),
         "sampler": _identity(sampler),
-        "ranker": "" if checked is None else checked.name,
+        "ranker": "" if checked is None else canonical(checked),  # its settings too: scores are kept
         "shard_prompts": shard_prompts,
     }
     with _ours(folder, settings), Progress(0, show=progress) as bar:
