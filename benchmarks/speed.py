@@ -232,7 +232,9 @@ class Benchmark:
         from sims_lens.models import embedded_path
 
         self.device, self.lanes, self.thorough = given.device, given.lanes, given.thorough
-        self.settings = QUICK if given.quick else FULL
+        self.settings = dict(QUICK if given.quick else FULL)
+        if given.cells:
+            self.settings["cells"] = {name: self.settings["cells"][name] for name in given.cells}
         self.folders = {"": embedded_path(), BAKED: temporary / BAKED}
         self.temporary = temporary
         self.tokenizer = AutoTokenizer.from_pretrained(self.folders[""])
@@ -523,6 +525,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny jobs, one round: does everything run?")
     parser.add_argument("--thorough", action="store_true", help="everybody in every round of the first cell")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure anew")
+    parser.add_argument("--cells", nargs="+", choices=FULL["cells"], help="of sampling only these; for another --out")
     parser.add_argument("--lanes", type=int, default=1, help="contestants at a time, each with a core of its own")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: wall time then")
     parser.add_argument("--out", type=Path, default=Path("docs/data"), help="folder of speed.json")

@@ -130,7 +130,7 @@ class Workbench:
         getattr(sampler, "check", lambda _config: None)(config)  # what an engine can't do is said before it is asked
         split = split_prompts(len(texts), config)
         store = RunStore(out if out is not None else tempfile.mkdtemp(prefix="sims-run-"))
-        engine = sampler or LocalSampler(model, config.sampling)
+        engine = sampler or LocalSampler(model, config.sampling, solo=False)
         return cls(model, texts, split, checked, second, config, store, engine)
 
     @contextmanager

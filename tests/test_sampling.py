@@ -46,6 +46,7 @@ def test_a_sample_depends_on_its_prompt_draw_and_seed_only(model: Any) -> None:
     assert draw(model, PROMPTS[::-1], batch_rows=6) == together
     assert draw(model, PROMPTS[1:2]) == {k: v for k, v in together.items() if k[0] == PROMPTS[1]}
     assert draw(model, PROMPTS, seed=1) != together
+    assert draw(model, PROMPTS[:1], n=1) == {k: v for k, v in together.items() if k == (PROMPTS[0], 0)}
     short = draw(model, PROMPTS, max_new_tokens=4)
     assert all(together[k][: len(v)] == v for k, v in short.items())
 
@@ -162,6 +163,41 @@ def check_bits(
         seen.clear()
         assert draw(model, [prompt], plan=plan, batch_rows=64, **settings).items() <= tokens.items()
         assert all(torch.equal(together[key], values) for key, values in seen.items()), prompt
+
+
+@pytest.mark.parametrize("scope", ["all", "generation", None])
+@pytest.mark.cases(6)
+def test_a_response_alone_is_that_in_a_larger_request_to_rounding(
+    model: Any, scope: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it is run on the model's own weights, with its tokens behind its prompt's."""
+    vector = torch.randn(adapt(model).d_model, generator=torch.Generator().manual_seed(0))
+    plan = sims.SteeringPlan.addition({1: vector}, coefficient=0.7, scope=scope) if scope else NOTHING
+    seen, settings = record(monkeypatch), {"max_new_tokens": 24, "temperature": 0.5}  # beyond a window of 8 tokens
+    tokens = draw(model, LONG, plan=plan, **settings)
+    together = dict(seen)
+    for prompt in LONG:
+        seen.clear()
+        alone = draw(model, [prompt], n=1, plan=plan, **settings)
+        assert alone == {(prompt, 0): tokens[prompt, 0]}
+        assert len(seen) == min(len(tokens[prompt, 0]) + 1, 24)
+        for key, values in seen.items():
+            assert (values.log_softmax(-1) - together[key].log_softmax(-1)).abs().max() < 1e-4
+    twin = twin_of(model, solo=True)
+    assert isinstance(twin, Twin) and not twin.packed
+
+
+def test_one_who_cuts_a_request_gets_the_same_bits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = twin_of(model)
+    if not isinstance(twin, Twin) or not twin.packed:
+        pytest.skip("only where weights are packed")
+    seen = record(monkeypatch)
+    draw(model, LONG)
+    together = dict(seen)
+    seen.clear()
+    sampler = sims.LocalSampler(model, sims.SamplingConfig(max_new_tokens=6, top_k=None, temperature=1.0), solo=False)
+    list(sampler.sample(LONG[-1:], n=1, plan=NOTHING, seed=0))
+    assert seen and all(torch.equal(together[key], values) for key, values in seen.items())
 
 
 @pytest.mark.cases(2)

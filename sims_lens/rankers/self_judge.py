@@ -435,7 +435,7 @@ class BoundJudge:
                 self._check_fits(adapter, items[index][0], len(adapter.encode(text)) + limit)
             rows = max(1, self.batch_tokens // longest)
             config = SamplingConfig(max_new_tokens=limit, temperature=1.0, top_k=1, batch_rows=rows)
-            sampler = LocalSampler(self.model, config)
+            sampler = LocalSampler(self.model, config, solo=False)  # an answer does not depend on what is asked with it
             for sample in sampler.sample([text for _, _, text in asked], n=1, plan=NOTHING, seed=0):
                 index, order, _ = asked[sample.prompt]
                 self.answers += 1

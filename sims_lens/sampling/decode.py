@@ -16,7 +16,7 @@ from torch import Tensor
 from sims_lens.config import SamplingConfig
 from sims_lens.cost import TokenCount
 from sims_lens.sampling.draw import choose
-from sims_lens.twin import Beside, Bodies, Cut, Points, Prefixes, ResponseMemory, Twin, run_prompts
+from sims_lens.twin import Beside, Bodies, Cut, Points, Prefixes, ResponseMemory, SoloMemory, Twin, run_prompts
 
 _DRAIN = 0.75
 """Share of rows that are left when, with nothing waiting, the batch is made smaller."""
@@ -80,6 +80,7 @@ class Decoder:
         beside: the model without the plan, where there is one and something is measured.
         bodies: what the model makes of prompts before their last token, where the plan spares them.
         whole: every token of a response is run, also the last one of a response that reached the limit.
+        solo: the job is one row, and so it is run.
 
     :attr:`watched` is for its user to set: run nothing but the rows themselves, because somebody looks on.
     """
@@ -95,9 +96,10 @@ class Decoder:
         beside: Beside | None = None,
         bodies: Bodies | None = None,
         whole: bool = False,
+        solo: bool = False,
     ) -> None:
         self.twin, self.job, self.size, self.count = twin, job, size, TokenCount()
-        self.device, self.whole, self.watched = device, whole, False
+        self.device, self.whole, self.watched, self.solo = device, whole, False, solo
         self.measured, self.beside, self.bodies = measured, beside, bodies
         self.waiting = deque(job.rows)
         self.left = [0] * len(job.prompts)
@@ -185,7 +187,8 @@ class Decoder:
         if not self.live:
             return
         if self.memory is None:
-            self.memory = ResponseMemory(self.prefixes, self.slots, self.job.config.max_new_tokens)
+            kind = SoloMemory if self.solo and not self.watched else ResponseMemory
+            self.memory = kind(self.prefixes, self.slots, self.job.config.max_new_tokens)
         else:
             self.memory.assign(self.slots)
 
@@ -215,7 +218,7 @@ class Decoder:
     def _step(self, points: Points, watch: "Watch") -> None:
         """Run the newest token of every place; an empty one repeats what it held, and nobody reads it."""
         assert self.memory is not None
-        while len(self.live) < self.twin.least_rows and not self.watched:
+        while len(self.live) < self.twin.least_rows and not (self.watched or self.solo):
             self.live.append(None)
             self.slots.append(self.slots[0])
             self.memory.assign(self.slots)

@@ -51,11 +51,14 @@ class LocalSampler:
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``. Hooks that are attached to it act.
         config: how responses are drawn.
+        solo: a request for one response to one prompt is run as is fastest for one row: its logits are those that it
+            has in a larger request up to rounding (1e-4, tested), not bit for bit. False for whoever cuts one
+            request into several, so that a sample is the same however they are cut.
     """
 
-    def __init__(self, model: Any, config: SamplingConfig | None = None) -> None:
+    def __init__(self, model: Any, config: SamplingConfig | None = None, *, solo: bool = True) -> None:
         adapt(model)
-        self.model = model
+        self.model, self.solo = model, solo
         self.config = SamplingConfig() if config is None else config
         check_kind("config", self.config, SamplingConfig, "make one, as SamplingConfig(max_new_tokens=40)")
         self.count = TokenCount()
@@ -197,8 +200,9 @@ class LocalSampler:
         if (site is not None or measured) and (why := self._obstacle(plan, site or "resid_post")):
             raise ModelError(f"nothing can be measured while sampling, because {why}; do it afterwards")
         outer = steerings(self.model)
+        solo = self.solo and n == len(prompts) == 1 and site is None and not measured
         with self._drawing(plan, None, outer):
-            way = road(self.model, self._dtype())
+            way = road(self.model, self._dtype(), solo=solo)
         first = self.road == "not run yet"
         self.road = "twin" if way.twin is not None else f"the model itself, because {way.reason}"
         if way.twin is None:
@@ -210,7 +214,7 @@ class LocalSampler:
             logger.warning("this CPU has no bfloat16 products, so that float32 is faster on it")
         job = Job(encoded, rows, frozenset(adapter.stop_ids), self._cut(adapter), config)
         ear = None if site is None else Ear(adapter, site)
-        for row, reading in self._quickly(adapter, job, way, plan, ear, outer, measured=measured):
+        for row, reading in self._quickly(adapter, job, way, plan, ear, outer, measured=measured, solo=solo):
             yield self._finished(adapter, row, measured=row.draw < measured), reading
 
     def _quickly(
@@ -223,6 +227,7 @@ class LocalSampler:
         outer: tuple[Steering, ...],
         *,
         measured: int,
+        solo: bool,
     ) -> Iterator[tuple[Row, Reading | None]]:
         """The fast road: rows as they finish. Between some and the next the model is as it was."""
         count, bodies = self._lanes(adapter, way, len(job.rows)), self._kept_bodies(way)
@@ -241,6 +246,7 @@ class LocalSampler:
                 measured=measured,
                 beside=self._beside(plan) if measured else None,
                 bodies=bodies,
+                solo=solo,
             )
             return Lane(decoder, None if ear is None else Reader(adapter, self.config.max_new_tokens))
 

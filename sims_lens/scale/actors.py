@@ -230,7 +230,7 @@ class ModelActor:
             torch.set_num_threads(spec.threads)
         dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
         model = load(spec.model, kind=spec.kind, revision=spec.revision, device=spec.device, dtype=dtype)
-        self._spec, self._sampler = spec, LocalSampler(model, spec.sampling)
+        self._spec, self._sampler = spec, LocalSampler(model, spec.sampling, solo=False)
         self._plan, self._digest = SteeringPlan(()), b""
 
     def answer(self, question: About | Reads | Batch | Pairs) -> Answer:

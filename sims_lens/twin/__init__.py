@@ -8,7 +8,7 @@ model, kept beside it as long as the model lives, and made anew when a weight ha
 """
 
 from sims_lens.twin.attached import attached
-from sims_lens.twin.attention import Memory, Prefixes, PromptMemory, ResponseMemory
+from sims_lens.twin.attention import Memory, Prefixes, PromptMemory, ResponseMemory, SoloMemory
 from sims_lens.twin.base import Cut, Points, Twin, Unsupported
 from sims_lens.twin.making import twin_of
 from sims_lens.twin.passes import Beside, Bodies, run_prompts, run_responses
@@ -24,6 +24,7 @@ __all__ = [
     "PromptMemory",
     "ResponseMemory",
     "Road",
+    "SoloMemory",
     "Twin",
     "Unsupported",
     "attached",

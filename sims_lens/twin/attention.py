@@ -486,6 +486,47 @@ class ResponseMemory:
         return self._hidden[window]
 
 
+class SoloMemory(ResponseMemory):
+    """For one row that goes on from one prompt, a token at a time, with nobody looking inside.
+
+    Its tokens come to lie behind its prompt's, in one block: two small products a layer instead of four. They add in
+    another order than those of :class:`ResponseMemory`, whose row is the same among others.
+    """
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "1 head 1 d_head"],
+        key: Float[Tensor, "1 kv_head 1 d_head"],
+        value: Float[Tensor, "1 kv_head 1 d_value"],
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        inside: Inside | None = None,
+    ) -> Float[Tensor, "1 head 1 d_value"]:
+        """See :class:`Memory`."""
+        assert inside is None
+        layer -= self.prefixes.first
+        (slot,), (at,) = self.slots, self.at
+        length = self.prefixes.lengths[slot]
+        if len(self.keys) == layer:
+            for kept, prompts in ((self.keys, self.prefixes.keys), (self.values, self.prefixes.values)):
+                prompt = prompts[layer]
+                block = prompt.new_empty(1, prompt.shape[1], length + self.capacity, prompt.shape[3])
+                block[:, :, :length] = prompt[slot, :, :length]
+                kept.append(block)
+        keys, values, end = self.keys[layer], self.values[layer], length + at + 1
+        keys[:, :, end - 1 : end], values[:, :, end - 1 : end] = key, value
+        seen = slice(0 if window is None else max(0, end - window), end)
+        heads, kv_heads = query.shape[1], key.shape[1]
+        scores = (query * scale).view(1, kv_heads, heads // kv_heads, -1) @ keys[:, :, seen].mT
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+        return (weights @ values[:, :, seen]).view(1, heads, 1, -1)
+
+
 def causal(query: Int[Tensor, "*query"], key: Int[Tensor, "*key"], window: int | None) -> Bool[Tensor, "*both"]:
     """Whether a token at position ``query`` sees one at position ``key``, by broadcasting.
 
@@ -520,6 +561,7 @@ __all__ = [
     "PromptMemory",
     "Prefixes",
     "ResponseMemory",
+    "SoloMemory",
     "causal",
     "columns",
 ]

@@ -62,6 +62,9 @@ class Twin(ABC):
         """Rows that a batch must have for a row's result not to depend on the others."""
         return 2 if self.packed and not one_row_will_do() else 1
 
+    def compared(self) -> None:  # noqa: B027 - most have nothing to do then
+        """It was compared with its model at every HookPoint; from now on few are asked for."""
+
     @abstractmethod
     def logits(
         self,

@@ -35,13 +35,14 @@ class Road:
     spares_prompts: bool = False
 
 
-def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = None) -> Road:
+def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = None, solo: bool = False) -> Road:
     """The fast road for a model as it is now, with what is attached to it; or why there is none.
 
     Args:
         model: ``HookedTransformer`` or ``TransformerBridge``.
         dtype: to run in; the model's own where None.
         twin: the model's twin, where it is known and no weight can have changed since; saves reading all weights.
+        solo: for one row at a time: see :func:`twin_of`.
     """
     now = attached(model)
     if now.strange:
@@ -50,7 +51,7 @@ def road(model: Any, dtype: torch.dtype | None = None, *, twin: Twin | None = No
         return Road(None, {}, "the model is in training mode; call model.eval()")
     if torch.is_autocast_enabled(adapt(model).device.type):
         return Road(None, {}, "autocast is on, under which the fast road is not the model")
-    found = twin_of(model, dtype) if twin is None else twin
+    found = twin_of(model, dtype, solo=solo) if twin is None else twin
     if isinstance(found, str):
         return Road(None, {}, found)
     for name in now.points:
