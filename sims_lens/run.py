@@ -16,7 +16,7 @@ from sims_lens.checks import check_integer, check_path, shown
 from sims_lens.config import SIMSConfig
 from sims_lens.cost import Cost, cost_text
 from sims_lens.data import Sample, by_prompt
-from sims_lens.errors import ResultError, RunError, SimsError
+from sims_lens.errors import DamagedError, ResultError, RunError, SimsError
 from sims_lens.evaluate import Effect, Evaluation
 from sims_lens.guard import Decision, best_iteration
 from sims_lens.plan import NOTHING, Provenance, SteeringPlan
@@ -394,7 +394,8 @@ def open_run(path: str | Path) -> Run:
     """Read a run directory: the same object that :func:`sims_lens.improve` returned.
 
     Raises:
-        RunError: there is no run, it is damaged, or a newer sims_lens wrote it.
+        RunError: there is no run, or a newer sims_lens wrote it.
+        DamagedError: it is not what was written.
     """
     path = check_path(path, RunError)
     try:
@@ -403,20 +404,20 @@ def open_run(path: str | Path) -> Run:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, SimsError) and not isinstance(error, ResultError):
             raise
-        raise RunError(
+        raise DamagedError(
             f"the run at {path} is damaged ({type(error).__name__}: {error}); start the same again in another folder"
         ) from error
     return run
 
 
 def _check_tensors(found: Mapping[str, Tensor], file: Path) -> None:
-    """Raise :class:`RunError` unless a run's vectors are all there, and of one model."""
+    """Raise :class:`DamagedError` unless a run's vectors are all there, and of one model."""
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     layers = shapes.get("mean_difference", ())
     good = len(layers) == 2 and all(t.is_floating_point() for t in found.values())
     good = good and shapes.get("shuffled", ())[1:] == layers
     if not good or any(shapes.get(name) != layers[:1] for name in ("median_norm", "split_half")):
-        raise RunError(f"{file} is damaged (it holds {shapes}); start the same again in another folder")
+        raise DamagedError(f"{file} is damaged (it holds {shapes}); start the same again in another folder")
 
 
 def _check(run: Run) -> None:

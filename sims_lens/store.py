@@ -450,7 +450,7 @@ class RunStore:
                 continue
             again = hashlib.sha256(written.get(name, b"")).hexdigest()
             if known is not None and name in written and again not in known.get(name, ()):
-                raise RunError(f"{self.path / name} is damaged; put a copy back, or start anew in another folder")
+                raise DamagedError(f"{self.path / name} is damaged; put a copy back, or start anew in another folder")
             logger.warning("%s was damaged; it is written anew", self.path / name)
             (self.path / name).unlink()
         for name, data in written.items():

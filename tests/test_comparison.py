@@ -17,7 +17,7 @@ import sims_lens as sims
 from sims_lens.comparison import Comparison
 from sims_lens.comparison.choosing import best_of, best_of_kl, rejection, rejection_kl
 from sims_lens.data import Sample
-from sims_lens.errors import ConfigError, RunError
+from sims_lens.errors import ConfigError, DamagedError, RunError
 from sims_lens.plan import NOTHING, SteeringPlan
 from sims_lens.store import Folder
 from sims_lens.strength import Divergence
@@ -283,7 +283,10 @@ def test_wrong_input_is_named(model: Any, tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text('{"format": "other"}')
     with pytest.raises(RunError, match="no comparison"):
         sims.open_comparison(tmp_path)
-    (tmp_path / "comparison.json").write_text('{"format": "sims_lens.comparison", "methods": [{}]}')
-    with pytest.raises(RunError, match="damaged"):
+    (tmp_path / "comparison.json").write_text('{"format": "sims_lens.comparison", "version": 2, "methods": []}')
+    with pytest.raises(RunError, match="a newer sims_lens \\(format 2\\); update it"):
+        sims.open_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text('{"format": "sims_lens.comparison", "version": 1, "methods": [{}]}')
+    with pytest.raises(DamagedError, match="damaged"):
         sims.open_comparison(tmp_path)
     assert NOTHING.vectors() == {}

@@ -68,7 +68,7 @@ def test_cost_adds_up_over_interruptions(tmp_path: Path) -> None:
 def test_damaged_samples_are_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/s.jsonl").write_text(content)
-    with pytest.raises(RunError, match=r"s\.jsonl is damaged"):
+    with pytest.raises(DamagedError, match=r"s\.jsonl is damaged"):
         Folder(tmp_path / "a").read_samples("s")
 
 
@@ -91,7 +91,7 @@ def test_a_header_of_something_else_or_of_the_future_is_refused(tmp_path: Path) 
     with pytest.raises(RunError, match="newer sims_lens"):
         store.header()
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
+    with pytest.raises(DamagedError, match="damaged"):
         store.header()
 
 
@@ -158,5 +158,5 @@ def test_a_begun_run_that_lost_its_header_to_a_crash_can_begin(tmp_path: Path) -
     RunStore(tmp_path).begin(header, prompts)  # what is to be written is what was written
     assert RunStore(tmp_path).header()["ranker"] == "r"
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"run\.json is damaged; put a copy back"):
+    with pytest.raises(DamagedError, match=r"run\.json is damaged; put a copy back"):
         RunStore(tmp_path).begin(header | {"ranker": "other"}, prompts)

@@ -19,7 +19,7 @@ from sims_lens.analysis.sweep import COEFFICIENTS, LayerSweep, SweepCell, layer_
 from sims_lens.analysis.sweep.race import Race, _quantile, _student
 from sims_lens.behaviour import logprob_margin
 from sims_lens.calibration import FluencyBudget
-from sims_lens.errors import ConfigError, ModelError, PlanError, PromptError, RankerError, RunError
+from sims_lens.errors import ConfigError, DamagedError, ModelError, PlanError, PromptError, RankerError, RunError
 from sims_lens.estimators import MeanDifference
 from sims_lens.evaluate import evaluate, perplexity_ratio, side_effects
 from sims_lens.plan import NOTHING, Provenance, SteeringPlan
@@ -394,7 +394,7 @@ def test_a_folder_holds_one_sweep(llama: Any, tmp_path: Path) -> None:
         swept(llama, out=tmp_path / "other")
     file = next((out / "figures").iterdir())
     file.write_text('{"0": [[1.0]]}')
-    with pytest.raises(RunError, match="is damaged .* delete it and go on"):
+    with pytest.raises(DamagedError, match="is damaged .* delete it and go on"):
         swept(llama, out=out, behaviour=SHARED)
 
 

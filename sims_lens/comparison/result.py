@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from sims_lens.checks import check_path
 from sims_lens.cost import flops_text
-from sims_lens.errors import RunError
+from sims_lens.errors import DamagedError, RunError
 from sims_lens.stats import Crossed, Interval, crossed_mean, null_band, win_probability
 from sims_lens.store import read_json, write_bytes
 from sims_lens.typed import read_as
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "sims_lens.comparison"
+FORMAT_VERSION = 1
 _PER_PROMPT = ("changes", "wins", "independent_changes", "independent_wins", "kl", "kl_response", "nll")
 
 
@@ -317,7 +318,7 @@ class Comparison:
         """All of it, as plain JSON."""
         return {
             "format": FORMAT,
-            "version": 1,
+            "version": FORMAT_VERSION,
             **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("methods", "path")},
             "methods": [_method_json(method) for method in self.methods],
         }
@@ -346,13 +347,16 @@ def open_comparison(path: str | Path) -> Comparison:
         path: the folder that :func:`compare` wrote, or the JSON file of :meth:`Comparison.save`.
 
     Raises:
-        RunError: there is none, or it is damaged.
+        RunError: there is none, or a newer sims_lens wrote it.
+        DamagedError: it is not what was written.
     """
     file = check_path(path, RunError)
     file = file / "comparison.json" if file.is_dir() else file
     data = read_json(file)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RunError(f"{file} is no comparison")
+    if type(data.get("version")) is not int or data["version"] > FORMAT_VERSION:
+        raise RunError(f"{file} was written by a newer sims_lens (format {data.get('version')!r:.40}); update it")
     try:
         found = Comparison(
             methods=tuple(_method_from(row) for row in data["methods"]),
@@ -361,7 +365,7 @@ def open_comparison(path: str | Path) -> Comparison:
         )
         _check_shapes(found)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{file} is damaged ({type(error).__name__}: {error}); run the comparison again") from error
+        raise DamagedError(f"{file} is damaged ({type(error).__name__}: {error}); run the comparison again") from error
     return found
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from sims_lens.analysis.sweep.result import FIGURES, LayerSweep
 from sims_lens.data import Sample
-from sims_lens.errors import RunError
+from sims_lens.errors import DamagedError, RunError
 from sims_lens.plan import SteeringPlan
 from sims_lens.store import Folder, read_json, write_json
 from sims_lens.typed import read_as
@@ -87,7 +87,7 @@ class Ledger:
             except (AttributeError, TypeError, ValueError, OverflowError) as error:
                 if isinstance(error, RunError):
                     raise
-                raise RunError(f"{file} is damaged ({error}); delete it and go on") from error
+                raise DamagedError(f"{file} is damaged ({error}); delete it and go on") from error
             return found
         return {}
 
