@@ -175,7 +175,6 @@ class Decoder:
             device=self.device,
             points=points,
             before=watch.prompts,
-            least_rows=1 if self.watched else self.twin.least_rows,
             beside=self.beside,
             bodies=None if self.watched else self.bodies,
         )
@@ -218,10 +217,6 @@ class Decoder:
     def _step(self, points: Points, watch: "Watch") -> None:
         """Run the newest token of every place; an empty one repeats what it held, and nobody reads it."""
         assert self.memory is not None
-        while len(self.live) < self.twin.least_rows and not (self.watched or self.solo):
-            self.live.append(None)
-            self.slots.append(self.slots[0])
-            self.memory.assign(self.slots)
         at = [0 if row is None else len(row.tokens) - 1 for row in self.live]
         newest = [0 if row is None else row.tokens[-1] for row in self.live]
         lengths = [self.prefixes.lengths[slot] for slot in self.slots]

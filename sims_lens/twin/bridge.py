@@ -177,10 +177,12 @@ def _linears(module: nn.Module, dtype: torch.dtype, *, packed: bool) -> None:
         return
     from transformers.pytorch_utils import Conv1D
 
+    unembed = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, linear(child.weight, child.bias, dtype, packed=True))
+                given = {"packed": True, "unembedding": child is unembed}
+                setattr(parent, name, linear(child.weight, child.bias, dtype, **given))
             elif type(child) is Conv1D:
                 weight, bias = child.weight, child.bias
                 assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sims_lens.twin.attention import Inside, Memory
-from sims_lens.twin.base import Cut, Points, Twin, Unsupported, linear
+from sims_lens.twin.base import Cut, Points, Twin, Unsupported, linear, worth_a_copy
 
 _PLAIN = {
     "positional_embedding_type": ("standard", "rotary"),
@@ -96,7 +96,7 @@ class HookedTwin(Twin):
             self.positions = model.pos_embed.W_pos.detach().to(dtype)
         self.blocks = [_Block(block, index, dtype, packed=packed) for index, block in enumerate(model.blocks)]
         self.norm = _Norm(model.ln_final, dtype, "ln_final")
-        self.unembed = linear(model.unembed.W_U.T, model.unembed.b_U, dtype, packed=packed)
+        self.unembed = linear(model.unembed.W_U.T, model.unembed.b_U, dtype, packed=packed, unembedding=True)
 
     @property
     def fires(self) -> frozenset[str]:
@@ -269,7 +269,7 @@ class _Joined:
 
     def __init__(self, parts: list[tuple[Tensor, Tensor | None]], dtype: torch.dtype, *, packed: bool) -> None:
         self.sizes = [len(weight) for weight, _ in parts]
-        if packed and len(parts) > 1:
+        if packed and len(parts) > 1 and worth_a_copy(max(self.sizes), parts[0][0].shape[1], dtype):
             biases = [bias for _, bias in parts if bias is not None]
             bias = torch.cat(biases) if biases else None
             parts = [(torch.cat([weight for weight, _ in parts]), bias)]

@@ -197,24 +197,20 @@ def _compared(model: Any, twin: Twin, own: torch.dtype) -> str:
 
 def _in_steps(twin: Twin, tokens: Tensor, points: Points) -> Tensor:
     """Logits of every column, in the three ways in which a twin is run: a prompt, two tokens at once, then one each."""
-    rows, length = twin.least_rows, tokens.shape[1]
+    length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device)[None]
     start = max(1, length - 6)
     prompt = PromptMemory()
     parts = [twin.logits(tokens[:, :start], positions[:, :start], prompt, keep=start, points=points)]
     prefixes = Prefixes()
     slots = prefixes.add([prompt])
-    memory = ResponseMemory(prefixes, slots * rows, length)
+    memory = ResponseMemory(prefixes, slots, length)
     at = start
     while at < length:
         width = 2 if at == start and at + 2 <= length else 1
-        memory.step([at - start] * rows, width)
+        memory.step([at - start], width)
         some = slice(at, at + width)
-        parts.append(
-            twin.logits(
-                tokens[:, some].expand(rows, -1), positions[:, some].expand(rows, -1), memory, keep=width, points=points
-            )[:1]
-        )
+        parts.append(twin.logits(tokens[:, some], positions[:, some], memory, keep=width, points=points))
         at += width
     return torch.cat(parts, dim=1)
 

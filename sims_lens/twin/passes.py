@@ -138,9 +138,6 @@ class Beside:
         """Run the upper blocks for newest tokens, which have just been run with memory ``like``; logits by place."""
         if self.memory is None or all(place is None for place in self.places):
             return {}
-        while len(self.places) < twin.least_rows:
-            self.places.append(None)
-            self.memory.assign(self.memory.slots + self.memory.slots[:1])
         chosen = [0 if place is None else place for place in self.places]
         rows = torch.tensor(chosen, device=tokens.device)
         self.memory.step([0 if place is None else like.at[place] for place in self.places], 1)
@@ -162,7 +159,6 @@ def run_prompts(
     device: torch.device,
     points: Points,
     before: Callable[[int, int], None],
-    least_rows: int = 1,
     beside: Beside | None = None,
     bodies: Bodies | None = None,
 ) -> tuple[list[int], Float[Tensor, "prompt d_vocab"], TokenCount]:
@@ -175,7 +171,6 @@ def run_prompts(
         device: the model's.
         points: HookPoints to fire.
         before: called before each pass with its width and the length of its prompts.
-        least_rows: tokens in a pass, at least; one that has fewer is filled up with copies.
         beside: also run the prompts as it says.
         bodies: all tokens of a prompt but the last are looked up here, or run and kept here: where nothing that is
             attached acts on them or looks at them.
@@ -190,7 +185,6 @@ def run_prompts(
     for length, group in _by_length(prompts, [i for i, own in enumerate(apart) if not own]):
         ids = [list(prompts[index]) for index in group]
         count = len(ids)
-        ids *= least_rows if count * length < least_rows else 1
         positions = torch.arange(length, device=device).expand(len(ids), -1)
         memory = PromptMemory()
         before(length, length)
@@ -204,7 +198,7 @@ def run_prompts(
     some = [index for index, own in enumerate(apart) if own]
     if bodies is None or not some:
         return slots, torch.stack(logits), spent
-    found, ran = _bodies(twin, [prompts[index] for index in some], bodies, device, before, least_rows)
+    found, ran = _bodies(twin, [prompts[index] for index in some], bodies, device, before)
     asked, places = [prompts[index] for index in some], prefixes.add(found, room=1)
     if beside is not None:  # where no plan has acted yet, both are the same
         beside.prefixes.add([body.above(beside.block) for body in found], room=1)
@@ -227,14 +221,12 @@ def _bodies(
     bodies: Bodies,
     device: torch.device,
     before: Callable[[int, int], None],
-    least_rows: int,
 ) -> tuple[list[PromptMemory], TokenCount]:
     """The bodies of prompts, and what was run for them. No HookPoint fires: nobody looks at them."""
     found = [bodies.get(prompt) for prompt in prompts]
     ran = TokenCount()
     for length, group in _by_length(prompts, [i for i, body in enumerate(found) if body is None]):
         ids = [list(prompts[index][:-1]) for index in group]
-        ids *= least_rows if len(ids) * (length - 1) < least_rows else 1
         positions = torch.arange(length - 1, device=device).expand(len(ids), -1)
         memory = PromptMemory()
         before(length - 1, length)
@@ -256,17 +248,14 @@ def _run_last(
     cut: Cut | None,
 ) -> Float[Tensor, "prompt d_vocab"]:
     """Run the last tokens of prompts whose bodies lie in slots, and put them there too."""
-    fill = max(0, twin.least_rows - len(slots))
-    rows = [*slots, *[slots[0]] * fill]
-    asked = [*prompts, *[prompts[0]] * fill]
-    memory = ResponseMemory(prefixes, rows, 1)
-    memory.step([0] * len(rows), 1)
+    memory = ResponseMemory(prefixes, slots, 1)
+    memory.step([0] * len(slots), 1)
     device = prefixes.keys[0].device
-    tokens = torch.tensor([[prompt[-1]] for prompt in asked], device=device)
-    positions = torch.tensor([[len(prompt) - 1] for prompt in asked], device=device)
+    tokens = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)
+    positions = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)
     last = twin.logits(tokens, positions, memory, keep=1, points=points, cut=cut)[:, -1]
     prefixes.lengthen(slots, memory)
-    return last[: len(slots)]
+    return last
 
 
 def _by_length(prompts: Sequence[Sequence[int]], indices: Iterable[int]) -> list[tuple[int, list[int]]]:
