@@ -95,11 +95,11 @@ class Intervention:
     layer: int
     site: str
     transform: Transform
-    coefficient: float
+    coefficient: float | int
     units: str = "absolute"
     scope: TokenScope = GENERATION
     residual_norm: float | None = None
-    half_life: float | None = None
+    half_life: float | int | None = None
 
     def __post_init__(self) -> None:
         check_site(self.site)
@@ -178,7 +178,7 @@ class SteeringPlan:
         cls,
         vectors: Mapping[int, Float[Tensor, " d_model"]],
         *,
-        coefficient: float = 1.0,
+        coefficient: float | int = 1.0,
         units: str = "absolute",
         site: str = "resid_post",
         scope: TokenScope | str = GENERATION,
@@ -235,10 +235,10 @@ class SteeringPlan:
         cls,
         transforms: Mapping[int, Transform],
         *,
-        coefficient: float = 1.0,
+        coefficient: float | int = 1.0,
         site: str = "resid_post",
         scope: TokenScope | str = GENERATION,
-        half_life: float | None = None,
+        half_life: float | int | None = None,
         provenance: Provenance | None = None,
     ) -> "SteeringPlan":
         """Any transform per layer, for instance ``SteeringPlan.of({14: sims.Ablation(direction)})``.
@@ -295,12 +295,12 @@ class SteeringPlan:
     def __neg__(self) -> "SteeringPlan":
         return self.scaled(-1.0)
 
-    def __mul__(self, factor: float) -> "SteeringPlan":
+    def __mul__(self, factor: float | int) -> "SteeringPlan":
         return self.scaled(factor) if isinstance(factor, (int, float)) else NotImplemented
 
     __rmul__ = __mul__
 
-    def scaled(self, factor: float) -> "SteeringPlan":
+    def scaled(self, factor: float | int) -> "SteeringPlan":
         """The same plan with every coefficient multiplied by ``factor``; ``factor * plan`` is the same."""
         if not is_number(factor):
             raise PlanError(f"a factor must be a finite number, got {shown(factor)}")
@@ -311,11 +311,11 @@ class SteeringPlan:
         chosen = TokenScope.of(scope)
         return self._each(lambda i: replace(i, scope=chosen))
 
-    def decaying(self, half_life: float | None) -> "SteeringPlan":
+    def decaying(self, half_life: float | int | None) -> "SteeringPlan":
         """The same plan with a strength that halves every ``half_life`` generated tokens; None for no decay."""
         return self._each(lambda i: replace(i, half_life=half_life))
 
-    def using(self, transform: Callable[[Tensor], Transform], coefficient: float = 1.0) -> "SteeringPlan":
+    def using(self, transform: Callable[[Tensor], Transform], coefficient: float | int = 1.0) -> "SteeringPlan":
         """Another transform along the same directions, at the same sites and tokens.
 
         Args:

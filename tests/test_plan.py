@@ -184,6 +184,15 @@ def test_sums_keep_order_and_scaling_multiplies() -> None:
     assert torch.equal(left.scaled(-3.0).vectors()[1, "attn_out"], -6.0 * vector(1))
 
 
+def test_whole_numbers_are_numbers() -> None:
+    plan = plan_of(1)
+    assert same(2 * plan, plan.scaled(2.0)) and same(0 * plan, plan.scaled(0.0))
+    assert same(plan.decaying(20), plan.decaying(20.0))
+    vectors = {1: vector(1)}
+    assert same(SteeringPlan.addition(vectors, coefficient=2), SteeringPlan.addition(vectors, coefficient=2.0))
+    assert same(plan.using(Addition, 3), plan.using(Addition, 3.0))
+
+
 def test_vectors_add_up_at_a_site() -> None:
     total = plan_of(1) + plan_of(1, seed=5, coefficient=-0.5) + plan_of(1, seed=5, site="mlp_out")
     found = total.vectors()
