@@ -91,14 +91,14 @@ def linear(
     bias = None if bias is None else bias.detach().to(dtype)
     if not packed or not packs(weight):
         return PlainLinear(weight, bias)
-    shared = weight.is_contiguous() and (unembedding or not worth_a_copy(*weight.shape, dtype))
+    shared = weight.is_contiguous() and (unembedding or not worth_a_copy(len(weight), weight.shape[1], dtype))
     return SharedLinear(weight, bias) if shared and dtype == torch.float32 else PackedLinear(weight, bias)
 
 
 def worth_a_copy(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Whether a weight is packed.
 
-    In float32 the unembedding and matrices with no more outputs than inputs are not: they hold half of a small model,
+    In float32 the unembedding and matrices with no more outputs than inputs are not: they hold three fifths of a small model,
     and gain the least per byte (a product of 128 rows 2 to 4%). In half precision, where the product itself is faster,
     all are.
     """

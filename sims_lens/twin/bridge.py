@@ -171,8 +171,8 @@ def _plain(original: Any) -> Any:
     return made
 
 
-def _linears(module: nn.Module, dtype: torch.dtype, *, packed: bool) -> None:
-    """Put packed copies in the place of linear layers."""
+def _linears(module: Any, dtype: torch.dtype, *, packed: bool) -> None:
+    """Put layers of ours in the place of linear layers."""
     if not packed:
         return
     from transformers.pytorch_utils import Conv1D
@@ -181,8 +181,8 @@ def _linears(module: nn.Module, dtype: torch.dtype, *, packed: bool) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                given = {"packed": True, "unembedding": child is unembed}
-                setattr(parent, name, linear(child.weight, child.bias, dtype, **given))
+                last = child is unembed
+                setattr(parent, name, linear(child.weight, child.bias, dtype, packed=True, unembedding=last))
             elif type(child) is Conv1D:
                 weight, bias = child.weight, child.bias
                 assert isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
