@@ -229,7 +229,7 @@ class Writer:
 
     answer: Any = None
 
-    def __init__(self, model: Any, config: sims.SamplingConfig) -> None:
+    def __init__(self, model: Any, config: sims.SamplingConfig, *, solo: bool) -> None:
         self.config, self.count = config, TokenCount()
         assert config.top_k == 1
 
