@@ -98,9 +98,9 @@ def linear(
 def worth_a_copy(outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     """Whether a weight is packed.
 
-    In float32 the unembedding and matrices with no more outputs than inputs are not: they hold three fifths of a small model,
-    and gain the least per byte (a product of 128 rows 2 to 4%). In half precision, where the product itself is faster,
-    all are.
+    In float32 the unembedding and matrices with no more outputs than inputs are not: they hold three fifths of a small
+    model, and gain the least per byte (a product of 128 rows 2 to 4%). In half precision, where the product itself is
+    faster, all are.
     """
     return dtype != torch.float32 or outputs > inputs
 
